@@ -1,0 +1,1 @@
+//! The NBD protocol: messages, state machines, an async client and an async server.

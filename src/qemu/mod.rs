@@ -1,0 +1,1 @@
+//! QEMU beside the protocol: child processes such as `qemu-nbd`.
