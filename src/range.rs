@@ -164,12 +164,18 @@ impl RangeSet {
     }
 }
 
+impl Extend<ByteRange> for RangeSet {
+    fn extend<I: IntoIterator<Item = ByteRange>>(&mut self, ranges: I) {
+        for range in ranges {
+            self.insert(range);
+        }
+    }
+}
+
 impl FromIterator<ByteRange> for RangeSet {
     fn from_iter<I: IntoIterator<Item = ByteRange>>(ranges: I) -> Self {
         let mut set = Self::new();
-        for range in ranges {
-            set.insert(range);
-        }
+        set.extend(ranges);
         set
     }
 }

@@ -1,0 +1,264 @@
+//! What can be typed: commands, flags and their help.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Incremental, deduplicated backups of QEMU/KVM disks over NBD dirty bitmaps.
+#[derive(Debug, Parser)]
+#[command(name = "nbdbackup", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// The repository: a directory.
+    #[arg(short, long, global = true, env = "NBDBACKUP_REPOSITORY", value_name = "PATH")]
+    pub(crate) repo: Option<PathBuf>,
+    /// Prints one JSON object a line on stdout; the last one is the result or the error.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Prints nothing but results, warnings and errors.
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+    /// Says more on stderr; twice for debugging.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// The form of log lines on stderr.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]
+    pub(crate) log_format: LogFormat,
+    /// When to draw a progress bar on stderr.
+    #[arg(long, global = true, value_enum, default_value_t = When::Auto, value_name = "WHEN")]
+    pub(crate) progress: When,
+    /// The least time between two JSON progress lines, in seconds.
+    #[arg(long, global = true, default_value_t = 0.5, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) progress_interval: f64,
+    /// Uses no colours; so does the environment variable NO_COLOR.
+    #[arg(long, global = true)]
+    pub(crate) no_color: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum When {
+    Auto,
+    Always,
+    Never,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Creates the repository.
+    Init(Init),
+    /// Reads every allocated range of the sources and stores a snapshot.
+    Full(Full),
+    /// Reads only what is dirty since the parent snapshot and stores a snapshot that is complete in itself.
+    Incremental(Incremental),
+    /// Writes a snapshot's disk to a file or stdout, or serves its disks as NBD exports.
+    Restore(Restore),
+    /// Lists snapshots.
+    Snapshots(Snapshots),
+    /// Shows one snapshot.
+    Show(Show),
+    /// Shows what a source offers: exports, sizes, contexts, flags, extents.
+    Info(Info),
+    /// Lists the ranges that differ between two snapshots of a disk.
+    Diff(Diff),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Init {
+    /// The size of chunks, the unit of deduplication: a power of two from 64KiB to 4MiB.
+    #[arg(long, default_value = "128KiB", value_name = "SIZE", value_parser = size)]
+    pub(crate) chunk_size: u64,
+    #[command(flatten)]
+    pub(crate) compression: CompressionArg,
+    /// How the repository is encrypted; this version stores plain repositories only, and wants that said aloud.
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub(crate) encryption: Encryption,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Encryption {
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompressionArg {
+    /// How chunks are compressed: `none`, `zstd` or `zstd:LEVEL` with a level from 1 to 19.
+    #[arg(long, value_name = "HOW")]
+    pub(crate) compression: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Full {
+    #[command(flatten)]
+    pub(crate) backup: Backup,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Incremental {
+    #[command(flatten)]
+    pub(crate) backup: Backup,
+    /// Asserts the parent: the bitmap covers every write since this snapshot.
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(crate) parent: Option<String>,
+    /// Fails with exit code 21, and writes nothing, where a disk would have to be read in full.
+    #[arg(long)]
+    pub(crate) no_fallback: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Backup {
+    /// NBD URIs or image files, each a disk of the snapshot.
+    #[arg(required = true, value_name = "SOURCE")]
+    pub(crate) sources: Vec<String>,
+    /// The machine's name (default: the first disk's name).
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// The disk's name, once for each source (default: the export's or the file's name).
+    #[arg(long, value_name = "DISK")]
+    pub(crate) disk: Vec<String>,
+    /// The dirty bitmap: for a full, the one that starts recording at this point in time; for an incremental, the one to follow.
+    #[arg(long, value_name = "BITMAP")]
+    pub(crate) bitmap: Option<String>,
+    /// Another bitmap that starts recording at this point in time, for callers that rotate names.
+    #[arg(long, value_name = "BITMAP")]
+    pub(crate) starts: Vec<String>,
+    /// The image's format, such as raw or qcow2 (default: by the file's name and first bytes, which must agree).
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: Option<String>,
+    /// A label of the snapshot; can be given more than once.
+    #[arg(long, value_name = "TAG")]
+    pub(crate) tag: Vec<String>,
+    /// The most connections to one export; more than one only where the server allows it.
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub(crate) connections: u8,
+    #[command(flatten)]
+    pub(crate) compression: CompressionArg,
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("where").required(true).args(["to", "serve"]))]
+pub(crate) struct Restore {
+    /// The snapshot: an id's first characters (4 or more), `latest`, NAME, `NAME@latest` or `NAME@TIME`.
+    pub(crate) snapshot: String,
+    /// The disk; needed with --to where the snapshot has several.
+    #[arg(long, value_name = "DISK")]
+    pub(crate) disk: Option<String>,
+    /// Where the disk goes: a file, a block device, or `-` for stdout.
+    #[arg(long, value_name = "TARGET")]
+    pub(crate) to: Option<String>,
+    /// The target's format: raw, or any that qemu-img writes, such as qcow2.
+    #[arg(long, default_value = "raw", value_name = "FORMAT", requires = "to")]
+    pub(crate) format: String,
+    /// Overwrites the target's existing content.
+    #[arg(long, requires = "to")]
+    pub(crate) force: bool,
+    /// Serves the disks as NBD exports at `unix:PATH` or `HOST:PORT` until SIGINT or SIGTERM.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) serve: Option<String>,
+    /// Allows serving without TLS beyond loopback and Unix sockets.
+    #[arg(long, requires = "serve")]
+    pub(crate) insecure: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Snapshots {
+    /// Only those of this machine.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Only those that hold this disk.
+    #[arg(long, value_name = "DISK")]
+    pub(crate) disk: Option<String>,
+    /// Only those with this tag.
+    #[arg(long, value_name = "TAG")]
+    pub(crate) tag: Option<String>,
+    /// Only the newest N of each machine.
+    #[arg(long, value_name = "N")]
+    pub(crate) latest: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Show {
+    /// The snapshot.
+    pub(crate) snapshot: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Info {
+    /// An NBD URI, with or without an export's name, or an image file.
+    pub(crate) source: String,
+    /// Shows the extents of base:allocation, and of the bitmap if one is named.
+    #[arg(long)]
+    pub(crate) map: bool,
+    /// Shows how many bytes this bitmap calls dirty: the price of the next incremental.
+    #[arg(long, value_name = "BITMAP")]
+    pub(crate) bitmap: Option<String>,
+    /// The image's format.
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Diff {
+    /// The one snapshot.
+    pub(crate) a: String,
+    /// The other.
+    pub(crate) b: String,
+    /// The disk; needed where the snapshots share several.
+    #[arg(long, value_name = "DISK")]
+    pub(crate) disk: Option<String>,
+}
+
+/// Parses a size such as `131072`, `128K`, `128KiB` or `4M`; units are powers of 1024.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let number: u64 = digits.parse().map_err(|_| format!("`{text}` is not a size; try 128KiB"))?;
+    let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kib" => 10,
+        "m" | "mib" => 20,
+        "g" | "gib" => 30,
+        "t" | "tib" => 40,
+        unit => return Err(format!("`{unit}` is not a unit of size; use KiB, MiB, GiB or TiB")),
+    };
+    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is too large"))
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if seconds.is_finite() && (0.0..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err(format!("`{text}` is not a number of seconds")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_take_binary_units_only() {
+        assert_eq!(size("131072"), Ok(131_072));
+        assert_eq!(size("128KiB"), Ok(131_072));
+        assert_eq!(size("4m"), Ok(4 << 20));
+        assert!(size("4MB").is_err());
+        assert!(size("").is_err());
+        assert!(size("99999999999T").is_err());
+    }
+}

@@ -1,0 +1,44 @@
+//! `nbdbackup restore`
+
+use std::sync::Arc;
+
+use crate::cli::args::{Global, Restore};
+use crate::cli::config;
+use crate::engine::{self, EngineError, RestoreRequest, ServeRequest, Target};
+use crate::report::{Outcome, Reporter};
+
+pub(super) async fn to_target(
+    global: &Global,
+    args: &Restore,
+    reporter: Arc<Reporter>,
+) -> Result<Outcome, EngineError> {
+    let to = args.to.as_deref().unwrap_or_default();
+    let target = Target::parse(to, &args.format)?;
+    let request = RestoreRequest {
+        snapshot: args.snapshot.clone(),
+        disk: args.disk.clone(),
+        target,
+        overwrite: args.force,
+    };
+    let catalog = config::open(global).await?;
+    engine::restore(&catalog, request, reporter).await.map(Outcome::Restore)
+}
+
+pub(super) async fn serve(
+    global: &Global,
+    args: &Restore,
+    reporter: Arc<Reporter>,
+    ended: impl Future<Output = u8> + Send,
+) -> Result<Outcome, EngineError> {
+    let request = ServeRequest {
+        snapshot: args.snapshot.clone(),
+        disk: args.disk.clone(),
+        address: args.serve.clone().unwrap_or_default(),
+        insecure: args.insecure,
+    };
+    let catalog = config::open(global).await?;
+    let ended = async {
+        ended.await;
+    };
+    engine::serve(&catalog, request, reporter, ended).await.map(Outcome::Serve)
+}

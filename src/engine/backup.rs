@@ -1,0 +1,334 @@
+//! A backup run: opens the sources, proves the chain, reads the disks, and commits one snapshot at the end.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use chrono::{DateTime, Utc};
+
+use super::catalog::Catalog;
+use super::chain::{Parent, Reason, next_generation, parent_asserted, parent_by_bitmap};
+use super::event::{Event, Observer, Warning};
+use super::outcome::{BackupOutcome, DiskBackup};
+use super::read_disk::{ReadDisk, Tally, read_disk};
+use super::source::{BitmapState, OpenSource, SourceSpec};
+use super::walk::Contexts;
+use super::workers::{Workers, blocking};
+use super::{EngineError, selector};
+use crate::repo::{BackupKind, Compression, DiskRecord, DiskStats, Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId};
+
+/// What a backup is asked to do.
+#[derive(Clone, Debug)]
+pub struct BackupRequest {
+    /// The machine's name.
+    pub name: String,
+    /// The disks, all stored in one snapshot.
+    pub disks: Vec<BackupDisk>,
+    /// The snapshot's tags.
+    pub tags: Vec<String>,
+    /// The bitmap that an incremental follows; `None` reads the disks in full.
+    pub follow: Option<Follow>,
+    /// Bitmaps that start recording at this point in time.
+    pub starts: Vec<String>,
+    /// The most connections to one export.
+    pub connections: u8,
+    /// The compression, where it is not the repository's own.
+    pub compression: Option<Compression>,
+}
+
+/// One disk of a backup.
+#[derive(Clone, Debug)]
+pub struct BackupDisk {
+    /// The disk's name in the snapshot.
+    pub disk: String,
+    /// Where it is read from.
+    pub source: SourceSpec,
+}
+
+/// What an incremental follows.
+#[derive(Clone, Debug)]
+pub struct Follow {
+    /// The bitmap's name.
+    pub bitmap: String,
+    /// The snapshot that the caller asserts as the parent.
+    pub parent: Option<String>,
+    /// Whether to fail rather than read a disk in full.
+    pub no_fallback: bool,
+}
+
+/// Reads the disks and stores them as one snapshot.
+///
+/// The snapshot is the commit point: until it is durable nothing of the run is visible, and when this returns, it is.
+///
+/// # Errors
+/// When a source cannot be opened or fails, when the repository fails, or when an incremental is impossible and the
+/// request forbids a full read; in each case nothing is committed.
+pub async fn backup(
+    catalog: &Catalog,
+    request: BackupRequest,
+    observer: Arc<dyn Observer>,
+) -> Result<BackupOutcome, EngineError> {
+    let mut run = Run {
+        catalog,
+        request: &request,
+        observer,
+        started: Utc::now(),
+        clock: Instant::now(),
+        warnings: Vec::new(),
+    };
+    let mut opened = Vec::new();
+    let outcome = run.all(&mut opened).await;
+    for disk in opened {
+        disk.source.close().await;
+    }
+    outcome
+}
+
+struct Run<'a> {
+    catalog: &'a Catalog,
+    request: &'a BackupRequest,
+    observer: Arc<dyn Observer>,
+    started: DateTime<Utc>,
+    clock: Instant,
+    warnings: Vec<Warning>,
+}
+
+/// A disk whose source is open and whose way of reading is decided.
+struct OpenDisk {
+    name: String,
+    source: OpenSource,
+    described: String,
+    parent: Option<(SnapshotId, DiskRecord)>,
+    reason: Option<Reason>,
+    generation: u64,
+    bitmap_lost: bool,
+}
+
+impl Run<'_> {
+    async fn all(&mut self, opened: &mut Vec<OpenDisk>) -> Result<BackupOutcome, EngineError> {
+        let list = self.catalog.snapshots().await?;
+        for (file, why) in &list.unreadable {
+            self.warn("snapshot-unreadable", None, format!("{file} cannot be read: {why}"));
+        }
+        for disk in &self.request.disks {
+            let open = self.open(disk, &list.snapshots).await?;
+            opened.push(open);
+        }
+        let session = self.begin().await?;
+        let workers = Workers::start();
+        let mut records = Vec::new();
+        let mut disks = Vec::new();
+        for disk in opened.iter() {
+            let (record, report) = self.one(disk, &session, &workers).await?;
+            records.push(record);
+            disks.push(report);
+        }
+        let finished = Utc::now();
+        let snapshot = self.commit(session, records, finished).await?;
+        Ok(BackupOutcome {
+            asked: if self.request.follow.is_some() { BackupKind::Incremental } else { BackupKind::Full },
+            repository: self.catalog.path().to_owned(),
+            snapshot: snapshot.id.to_string(),
+            name: self.request.name.clone(),
+            started: self.started,
+            finished,
+            duration: self.clock.elapsed(),
+            disks,
+            warnings: std::mem::take(&mut self.warnings),
+        })
+    }
+
+    /// Opens a disk's source and decides, by the chain rule, what it may inherit.
+    async fn open(&mut self, disk: &BackupDisk, snapshots: &[Snapshot]) -> Result<OpenDisk, EngineError> {
+        let mut reason = None;
+        let mut bitmap_lost = false;
+        let mut contexts = vec![ALLOCATION.to_owned()];
+        let mut image_bitmap = None;
+        if let Some(follow) = &self.request.follow {
+            match disk.source.bitmap_state(&follow.bitmap).await? {
+                BitmapState::Usable => {
+                    contexts.push(dirty_context(&follow.bitmap));
+                    image_bitmap = Some(follow.bitmap.as_str());
+                }
+                BitmapState::Missing => reason = Some(Reason::BitmapMissing),
+                BitmapState::Inconsistent => reason = Some(Reason::BitmapInconsistent),
+                BitmapState::NotRecording => reason = Some(Reason::BitmapNotRecording),
+            }
+            bitmap_lost = reason.is_some();
+        }
+        let source = disk.source.open(contexts, image_bitmap, self.request.connections).await?;
+        let export = source.client.export();
+        let granted = |context: &str| export.context(context).is_some();
+        let size_bytes = export.size_bytes;
+        if !granted(ALLOCATION) {
+            let message = "the server offers no base:allocation, so that each byte is read";
+            self.warn("no-allocation", Some(&disk.disk), message.to_owned());
+        }
+        let mut parent = None;
+        if let Some(follow) = &self.request.follow {
+            if reason.is_none() && !granted(&dirty_context(&follow.bitmap)) {
+                reason = Some(Reason::BitmapMissing);
+                bitmap_lost = true;
+            }
+            match self.parent(follow, &disk.disk, snapshots)? {
+                Ok(found) if reason.is_none() && size_bytes < found.disk.size_bytes => {
+                    reason = Some(Reason::DiskShrunk);
+                }
+                Ok(found) if reason.is_none() => parent = Some((found.snapshot, found.disk.clone())),
+                Ok(_) => {}
+                // Without a parent, the bitmap's state would not have helped.
+                Err(why) => reason = Some(why),
+            }
+        }
+        let open = OpenDisk {
+            name: disk.disk.clone(),
+            source,
+            described: disk.source.text().to_owned(),
+            parent,
+            reason,
+            generation: next_generation(snapshots, &self.request.name, &disk.disk),
+            bitmap_lost,
+        };
+        match (&self.request.follow, reason) {
+            (Some(Follow { no_fallback: true, .. }), Some(reason)) => {
+                open.source.close().await;
+                Err(EngineError::IncrementalImpossible { disk: disk.disk.clone(), reason })
+            }
+            (_, Some(reason)) => {
+                let message = format!("reading in full ({reason}): {}", reason.explain());
+                self.warn("full-read", Some(&disk.disk), message);
+                Ok(open)
+            }
+            (_, None) => Ok(open),
+        }
+    }
+
+    fn parent<'s>(
+        &self,
+        follow: &Follow,
+        disk: &str,
+        snapshots: &'s [Snapshot],
+    ) -> Result<Result<Parent<'s>, Reason>, EngineError> {
+        Ok(match &follow.parent {
+            Some(words) => match selector::select(snapshots, words) {
+                Ok(found) => parent_asserted(Some(found), disk),
+                Err(EngineError::SnapshotNotFound(_)) => parent_asserted(None, disk),
+                Err(error) => return Err(error),
+            },
+            None => parent_by_bitmap(snapshots, &self.request.name, disk, &follow.bitmap),
+        })
+    }
+
+    async fn begin(&self) -> Result<Arc<Session>, EngineError> {
+        let repository = Arc::clone(self.catalog.repository());
+        let options = SessionOptions { compression: self.request.compression, ..SessionOptions::default() };
+        let session = blocking(move || repository.begin(&options)).await?.map_err(self.catalog.failed())?;
+        Ok(Arc::new(session))
+    }
+
+    /// Reads one disk into the session.
+    async fn one(
+        &self,
+        disk: &OpenDisk,
+        session: &Arc<Session>,
+        workers: &Workers,
+    ) -> Result<(DiskRecord, DiskBackup), EngineError> {
+        let export = disk.source.client.export();
+        let geometry = self.catalog.geometry(export.size_bytes);
+        let follow = self.request.follow.as_ref();
+        let task = ReadDisk {
+            disk: disk.name.clone(),
+            geometry,
+            parent: disk.parent.as_ref().map(|(_, record)| (record.root, record.size_bytes)),
+            contexts: Contexts {
+                // Without a parent all is read, whatever the bitmap says.
+                dirty: follow
+                    .filter(|_| disk.parent.is_some())
+                    .and_then(|f| export.context(&dirty_context(&f.bitmap))),
+                allocation: export.context(ALLOCATION),
+            },
+        };
+        let (root, tally) = read_disk(self.catalog, session, &disk.source.client, workers, &*self.observer, task).await?;
+
+        let Tally { read_bytes, zero_bytes, chunks_new, new_bytes, stored_bytes, .. } = tally;
+        let incremental = disk.parent.is_some();
+        let dirty_bytes = incremental.then_some(tally.dirty_bytes);
+        let parent = disk.parent.as_ref().map(|(id, _)| *id);
+        let bitmap = follow.map(|f| f.bitmap.clone());
+        let kind = if incremental { BackupKind::Incremental } else { BackupKind::Full };
+        let report = DiskBackup {
+            disk: disk.name.clone(),
+            kind,
+            reason: disk.reason,
+            parent: parent.map(|id| id.to_string()),
+            bitmap: bitmap.clone().or_else(|| self.request.starts.first().cloned()),
+            size_bytes: geometry.size_bytes,
+            dirty_bytes,
+            read_bytes,
+            zero_bytes,
+            chunks_total: geometry.chunks(),
+            chunks_new,
+            new_bytes,
+            stored_bytes,
+        };
+        let (bitmap_used, bitmaps_lost) =
+            if disk.bitmap_lost { (None, Vec::from_iter(bitmap)) } else { (bitmap, Vec::new()) };
+        let record = DiskRecord {
+            disk: disk.name.clone(),
+            size_bytes: geometry.size_bytes,
+            root,
+            kind,
+            reason: disk.reason.map(|r| r.as_str().to_owned()),
+            parent,
+            generation: disk.generation,
+            bitmap_used,
+            bitmaps_started: self.request.starts.clone(),
+            bitmaps_lost,
+            source: disk.described.clone(),
+            stats: DiskStats {
+                dirty_bytes: tally.dirty_bytes,
+                read_bytes,
+                zero_bytes,
+                chunks_total: geometry.chunks(),
+                chunks_new,
+                new_bytes,
+                stored_bytes,
+            },
+        };
+        Ok((record, report))
+    }
+
+    async fn commit(
+        &self,
+        session: Arc<Session>,
+        disks: Vec<DiskRecord>,
+        finished: DateTime<Utc>,
+    ) -> Result<Snapshot, EngineError> {
+        let draft = SnapshotDraft {
+            name: self.request.name.clone(),
+            tags: self.request.tags.clone(),
+            started_unix_nanos: nanos(self.started),
+            finished_unix_nanos: nanos(finished),
+            tool: concat!("nbdbackup ", env!("CARGO_PKG_VERSION")).to_owned(),
+            complete: true,
+            disks,
+        };
+        blocking(move || session.commit(draft)).await?.map_err(self.catalog.failed())
+    }
+
+    fn warn(&mut self, code: &'static str, disk: Option<&str>, message: String) {
+        let warning = Warning { code, disk: disk.map(str::to_owned), message };
+        self.observer.observe(Event::Warning(warning.clone()));
+        self.warnings.push(warning);
+    }
+}
+
+/// The nanoseconds since 1970; 64 bits hold them until the year 2262.
+fn nanos(time: DateTime<Utc>) -> i64 {
+    time.timestamp_nanos_opt().unwrap_or(i64::MAX)
+}
+
+fn dirty_context(bitmap: &str) -> String {
+    format!("qemu:dirty-bitmap:{bitmap}")
+}
+
+const ALLOCATION: &str = "base:allocation";

@@ -1,0 +1,508 @@
+//! The JSON lines of a run: the only types whose field names are an interface.
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde::Serialize;
+
+use super::{Failure, Outcome};
+use crate::engine::{
+    BackupKind, BackupOutcome, ByteRange, ContextMap, DiffOutcome, DiskBackup, DiskRecord, ExportInfo, InfoOutcome, InitOutcome,
+    Progress, RestoreOutcome, ServeOutcome, ServedExport, Snapshot, SnapshotsOutcome, Warning,
+};
+
+/// The number of the schema; fields are only ever added within one.
+const SCHEMA: u32 = 1;
+
+/// Encodes one line of output.
+pub(super) fn line(run: &str, body: &Body) -> String {
+    #[derive(Serialize)]
+    struct Line<'a> {
+        schema: u32,
+        #[serde(flatten)]
+        body: &'a Body,
+        time: String,
+        run: &'a str,
+    }
+    let line = Line { schema: SCHEMA, body, time: time(Utc::now()), run };
+    let mut text = serde_json::to_string(&line).expect("structs with named fields are JSON");
+    text.push('\n');
+    text
+}
+
+/// What one line says; its `type` is the variant's name.
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub(super) enum Body {
+    Progress(ProgressLine),
+    Warning(WarningLine),
+    Serving(ServingLine),
+    Result(Box<ResultLine>),
+    Error(ErrorLine),
+}
+
+#[derive(Serialize)]
+pub(super) struct ErrorLine {
+    code: &'static str,
+    exit_code: u8,
+    message: String,
+    hint: Option<&'static str>,
+    retryable: bool,
+}
+
+impl From<&Failure> for ErrorLine {
+    fn from(f: &Failure) -> Self {
+        Self {
+            code: f.code,
+            exit_code: f.exit_code,
+            message: f.message.clone(),
+            hint: f.hint,
+            retryable: f.retryable,
+        }
+    }
+}
+
+#[derive(Serialize)]
+pub(super) struct WarningLine {
+    code: &'static str,
+    disk: Option<String>,
+    message: String,
+}
+
+impl From<&Warning> for WarningLine {
+    fn from(w: &Warning) -> Self {
+        Self { code: w.code, disk: w.disk.clone(), message: w.message.clone() }
+    }
+}
+
+#[derive(Serialize)]
+pub(super) struct ProgressLine {
+    disk: String,
+    done_bytes: u64,
+    total_bytes: u64,
+    moved_bytes: u64,
+    new_bytes: u64,
+}
+
+impl From<&Progress> for ProgressLine {
+    fn from(p: &Progress) -> Self {
+        Self {
+            disk: p.disk.clone(),
+            done_bytes: p.done_bytes,
+            total_bytes: p.total_bytes,
+            moved_bytes: p.moved_bytes,
+            new_bytes: p.new_bytes,
+        }
+    }
+}
+
+#[derive(Serialize)]
+pub(super) struct ServingLine {
+    exports: Vec<ServedExportLine>,
+}
+
+#[derive(Serialize)]
+struct ServedExportLine {
+    name: String,
+    uri: String,
+    size_bytes: u64,
+}
+
+impl From<&[ServedExport]> for ServingLine {
+    fn from(exports: &[ServedExport]) -> Self {
+        let line = |e: &ServedExport| ServedExportLine {
+            name: e.name.clone(),
+            uri: e.uri.clone(),
+            size_bytes: e.size_bytes,
+        };
+        Self { exports: exports.iter().map(line).collect() }
+    }
+}
+
+/// The result of a command; `command` is the variant's name.
+#[derive(Serialize)]
+pub(super) struct ResultLine {
+    command: &'static str,
+    status: &'static str,
+    #[serde(flatten)]
+    detail: Detail,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Detail {
+    Init(InitResult),
+    Backup(BackupResult),
+    Restore(RestoreResult),
+    Serve(ServeResult),
+    Snapshots(SnapshotsResult),
+    Show { snapshot: SnapshotResult },
+    Info(InfoResult),
+    Diff(DiffResult),
+}
+
+impl From<&Outcome> for ResultLine {
+    fn from(outcome: &Outcome) -> Self {
+        let (command, detail) = match outcome {
+            Outcome::Init(o) => ("init", Detail::Init(o.into())),
+            Outcome::Backup(o) => (kind(o.asked), Detail::Backup(o.into())),
+            Outcome::Restore(o) => ("restore", Detail::Restore(o.into())),
+            Outcome::Serve(o) => ("restore", Detail::Serve(o.into())),
+            Outcome::Snapshots(o) => ("snapshots", Detail::Snapshots(o.into())),
+            Outcome::Show(s) => ("show", Detail::Show { snapshot: s.as_ref().into() }),
+            Outcome::Info(o) => ("info", Detail::Info(o.into())),
+            Outcome::Diff(o) => ("diff", Detail::Diff(o.into())),
+        };
+        Self { command, status: "ok", detail }
+    }
+}
+
+#[derive(Serialize)]
+struct InitResult {
+    repository: String,
+    uuid: String,
+    chunk_bytes: u64,
+    compression: String,
+    encryption: &'static str,
+}
+
+impl From<&InitOutcome> for InitResult {
+    fn from(o: &InitOutcome) -> Self {
+        Self {
+            repository: o.repository.clone(),
+            uuid: o.uuid.clone(),
+            chunk_bytes: o.chunk_bytes,
+            compression: o.compression.clone(),
+            encryption: "none",
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct BackupResult {
+    repository: String,
+    snapshot: String,
+    name: String,
+    started: String,
+    finished: String,
+    duration_seconds: f64,
+    disks: Vec<DiskBackupResult>,
+    warnings: Vec<WarningLine>,
+}
+
+impl From<&BackupOutcome> for BackupResult {
+    fn from(o: &BackupOutcome) -> Self {
+        Self {
+            repository: o.repository.clone(),
+            snapshot: o.snapshot.clone(),
+            name: o.name.clone(),
+            started: time(o.started),
+            finished: time(o.finished),
+            duration_seconds: o.duration.as_secs_f64(),
+            disks: o.disks.iter().map(Into::into).collect(),
+            warnings: o.warnings.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct DiskBackupResult {
+    disk: String,
+    kind: &'static str,
+    reason: Option<&'static str>,
+    parent: Option<String>,
+    bitmap: Option<String>,
+    size_bytes: u64,
+    dirty_bytes: Option<u64>,
+    read_bytes: u64,
+    zero_bytes: u64,
+    chunks_total: u64,
+    chunks_new: u64,
+    new_bytes: u64,
+    stored_bytes: u64,
+}
+
+impl From<&DiskBackup> for DiskBackupResult {
+    fn from(d: &DiskBackup) -> Self {
+        Self {
+            disk: d.disk.clone(),
+            kind: kind(d.kind),
+            reason: d.reason.map(|r| r.as_str()),
+            parent: d.parent.clone(),
+            bitmap: d.bitmap.clone(),
+            size_bytes: d.size_bytes,
+            dirty_bytes: d.dirty_bytes,
+            read_bytes: d.read_bytes,
+            zero_bytes: d.zero_bytes,
+            chunks_total: d.chunks_total,
+            chunks_new: d.chunks_new,
+            new_bytes: d.new_bytes,
+            stored_bytes: d.stored_bytes,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct RestoreResult {
+    repository: String,
+    snapshot: String,
+    disk: String,
+    target: String,
+    size_bytes: u64,
+    written_bytes: u64,
+    zero_bytes: u64,
+    duration_seconds: f64,
+}
+
+impl From<&RestoreOutcome> for RestoreResult {
+    fn from(o: &RestoreOutcome) -> Self {
+        Self {
+            repository: o.repository.clone(),
+            snapshot: o.snapshot.clone(),
+            disk: o.disk.clone(),
+            target: o.target.clone(),
+            size_bytes: o.size_bytes,
+            written_bytes: o.written_bytes,
+            zero_bytes: o.zero_bytes,
+            duration_seconds: o.duration.as_secs_f64(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct ServeResult {
+    repository: String,
+    snapshot: String,
+    address: String,
+    duration_seconds: f64,
+}
+
+impl From<&ServeOutcome> for ServeResult {
+    fn from(o: &ServeOutcome) -> Self {
+        Self {
+            repository: o.repository.clone(),
+            snapshot: o.snapshot.clone(),
+            address: o.address.clone(),
+            duration_seconds: o.duration.as_secs_f64(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct SnapshotsResult {
+    repository: String,
+    snapshots: Vec<SnapshotResult>,
+    unreadable: Vec<String>,
+}
+
+impl From<&SnapshotsOutcome> for SnapshotsResult {
+    fn from(o: &SnapshotsOutcome) -> Self {
+        Self {
+            repository: o.repository.clone(),
+            snapshots: o.snapshots.iter().map(Into::into).collect(),
+            unreadable: o.unreadable.clone(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct SnapshotResult {
+    id: String,
+    name: String,
+    tags: Vec<String>,
+    started: String,
+    finished: String,
+    tool: String,
+    disks: Vec<DiskRecordResult>,
+}
+
+impl From<&Snapshot> for SnapshotResult {
+    fn from(s: &Snapshot) -> Self {
+        Self {
+            id: s.id.to_string(),
+            name: s.draft.name.clone(),
+            tags: s.draft.tags.clone(),
+            started: unix_time(s.draft.started_unix_nanos),
+            finished: unix_time(s.draft.finished_unix_nanos),
+            tool: s.draft.tool.clone(),
+            disks: s.draft.disks.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct DiskRecordResult {
+    disk: String,
+    kind: &'static str,
+    reason: Option<String>,
+    parent: Option<String>,
+    bitmap: Option<String>,
+    bitmaps_started: Vec<String>,
+    source: String,
+    size_bytes: u64,
+    dirty_bytes: u64,
+    read_bytes: u64,
+    zero_bytes: u64,
+    chunks_total: u64,
+    chunks_new: u64,
+    new_bytes: u64,
+    stored_bytes: u64,
+}
+
+impl From<&DiskRecord> for DiskRecordResult {
+    fn from(d: &DiskRecord) -> Self {
+        Self {
+            disk: d.disk.clone(),
+            kind: kind(d.kind),
+            reason: d.reason.clone(),
+            parent: d.parent.map(|p| p.to_string()),
+            bitmap: d.bitmap_used.clone(),
+            bitmaps_started: d.bitmaps_started.clone(),
+            source: d.source.clone(),
+            size_bytes: d.size_bytes,
+            dirty_bytes: d.stats.dirty_bytes,
+            read_bytes: d.stats.read_bytes,
+            zero_bytes: d.stats.zero_bytes,
+            chunks_total: d.stats.chunks_total,
+            chunks_new: d.stats.chunks_new,
+            new_bytes: d.stats.new_bytes,
+            stored_bytes: d.stats.stored_bytes,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct InfoResult {
+    source: String,
+    exports: Vec<ExportResult>,
+    maps: Option<Vec<MapResult>>,
+    bitmap: Option<BitmapResult>,
+}
+
+impl From<&InfoOutcome> for InfoResult {
+    fn from(o: &InfoOutcome) -> Self {
+        Self {
+            source: o.source.clone(),
+            exports: o.exports.iter().map(Into::into).collect(),
+            maps: o.maps.as_ref().map(|maps| maps.iter().map(Into::into).collect()),
+            bitmap: o
+                .bitmap
+                .as_ref()
+                .map(|b| BitmapResult { name: b.name.clone(), dirty_bytes: b.dirty_bytes }),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct BitmapResult {
+    name: String,
+    dirty_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct ExportResult {
+    name: String,
+    size_bytes: u64,
+    description: Option<String>,
+    flags: Vec<&'static str>,
+    block_size: BlockSizeResult,
+    contexts: Vec<String>,
+    structured_replies: Option<bool>,
+    tls: bool,
+}
+
+#[derive(Serialize)]
+struct BlockSizeResult {
+    minimum_bytes: u32,
+    preferred_bytes: u32,
+    maximum_bytes: u32,
+}
+
+impl From<&ExportInfo> for ExportResult {
+    fn from(e: &ExportInfo) -> Self {
+        Self {
+            name: e.name.clone(),
+            size_bytes: e.size_bytes,
+            description: e.description.clone(),
+            flags: e.flags.clone(),
+            block_size: BlockSizeResult {
+                minimum_bytes: e.block_size.minimum,
+                preferred_bytes: e.block_size.preferred,
+                maximum_bytes: e.block_size.maximum,
+            },
+            contexts: e.contexts.clone(),
+            structured_replies: e.structured_replies,
+            tls: e.tls,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct MapResult {
+    context: String,
+    extents: Vec<ExtentResult>,
+}
+
+#[derive(Serialize)]
+struct ExtentResult {
+    offset_bytes: u64,
+    length_bytes: u64,
+    flags: u64,
+}
+
+impl From<&ContextMap> for MapResult {
+    fn from(map: &ContextMap) -> Self {
+        let extent = |&(range, flags): &(ByteRange, u64)| ExtentResult {
+            offset_bytes: range.start(),
+            length_bytes: range.len(),
+            flags,
+        };
+        Self { context: map.context.clone(), extents: map.extents.iter().map(extent).collect() }
+    }
+}
+
+#[derive(Serialize)]
+struct DiffResult {
+    a: String,
+    b: String,
+    disk: String,
+    a_size_bytes: u64,
+    b_size_bytes: u64,
+    differing_bytes: u64,
+    ranges: Vec<RangeResult>,
+}
+
+#[derive(Serialize)]
+struct RangeResult {
+    offset_bytes: u64,
+    length_bytes: u64,
+}
+
+impl From<&DiffOutcome> for DiffResult {
+    fn from(o: &DiffOutcome) -> Self {
+        let range = |r: &ByteRange| RangeResult { offset_bytes: r.start(), length_bytes: r.len() };
+        Self {
+            a: o.a.clone(),
+            b: o.b.clone(),
+            disk: o.disk.clone(),
+            a_size_bytes: o.sizes_bytes[0],
+            b_size_bytes: o.sizes_bytes[1],
+            differing_bytes: o.ranges.iter().map(|r| r.len()).sum(),
+            ranges: o.ranges.iter().map(range).collect(),
+        }
+    }
+}
+
+/// The word for how a disk was read.
+pub(super) fn kind(kind: BackupKind) -> &'static str {
+    match kind {
+        BackupKind::Full => "full",
+        BackupKind::Incremental => "incremental",
+    }
+}
+
+fn unix_time(nanos: i64) -> String {
+    time(DateTime::from_timestamp_nanos(nanos))
+}
+
+fn time(time: DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::AutoSi, true)
+}

@@ -1,0 +1,5 @@
+//! The engine against disks in memory, served by the embedded server.
+
+mod chain;
+mod model;
+mod rig;

@@ -1,0 +1,134 @@
+//! A disk in memory, a server, and a repository to back it up to.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nbdbackup::engine::{
+    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, EngineError, Event, Follow, Observer, RestoreRequest,
+    SourceSpec, Target,
+};
+use nbdbackup::nbd::server::{MemoryDisk, Server, ServerOptions};
+use nbdbackup::range::ByteRange;
+use nbdbackup::repo::{ChunkSize, InitOptions, MemoryStorage, Repository};
+use tempfile::TempDir;
+
+/// One machine with one disk.
+pub struct Rig {
+    pub disk: Arc<MemoryDisk>,
+    pub catalog: Catalog,
+    folder: TempDir,
+}
+
+/// A generator of random numbers that a seed tells all of.
+pub struct Rng(u64);
+
+struct Silent;
+
+impl Observer for Silent {
+    fn observe(&self, _: Event) {}
+}
+
+impl Rig {
+    pub async fn new(rng: &mut Rng) -> Self {
+        let size = 1 + rng.below(24 * CHUNK) as usize;
+        Self::of_size(size)
+    }
+
+    pub fn of_size(size: usize) -> Self {
+        let options = InitOptions { chunk_size: ChunkSize::new(CHUNK as u32).unwrap(), ..InitOptions::default() };
+        let repository = Repository::init(Arc::new(MemoryStorage::new()), &options).unwrap();
+        Self {
+            disk: Arc::new(MemoryDisk::new(size as u64)),
+            catalog: Catalog::over(repository, "memory"),
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// Changes the disk at random: mostly writes, some zeros, discards, growth, and rarely shrinking.
+    pub fn change(&self, rng: &mut Rng, can_grow: bool) {
+        let size = self.disk.bytes().len() as u64;
+        let range = |rng: &mut Rng| {
+            let start = rng.below(size);
+            let len = 1 + rng.below((size - start).min(3 * CHUNK));
+            ByteRange::at(start, len.min(size - start)).unwrap()
+        };
+        match rng.below(16) {
+            0..=8 => {
+                let range = range(rng);
+                let bytes: Vec<u8> = match rng.below(4) {
+                    0 => vec![0; range.len() as usize],
+                    1 => vec![rng.below(256) as u8; range.len() as usize],
+                    _ => (0..range.len()).map(|_| rng.below(256) as u8).collect(),
+                };
+                self.disk.write(range.start(), &bytes);
+            }
+            9..=12 => self.disk.discard(range(rng)),
+            13 | 14 if can_grow => self.disk.resize(size + 1 + rng.below(6 * CHUNK)),
+            13 | 14 => {}
+            _ => self.disk.resize(1 + rng.below(size)),
+        }
+    }
+
+    /// Backs the disk up: in full, or following a bitmap.
+    pub async fn backup(&self, follow: Option<&str>, starts: &[&str]) -> Result<BackupOutcome, EngineError> {
+        let follow =
+            follow.map(|bitmap| Follow { bitmap: bitmap.to_owned(), parent: None, no_fallback: false });
+        self.backup_with(follow, starts).await
+    }
+
+    pub async fn backup_with(&self, follow: Option<Follow>, starts: &[&str]) -> Result<BackupOutcome, EngineError> {
+        let socket = self.folder.path().join("nbd");
+        let _ = std::fs::remove_file(&socket);
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let server = Server::new(vec![("vda".to_owned(), self.disk.clone() as _)], ServerOptions::default());
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let serving = tokio::spawn(async move {
+            server.serve(listener, async move { drop(stopped.await) }).await
+        });
+        let uri = format!("nbd+unix:///vda?socket={}", socket.display());
+        let request = BackupRequest {
+            name: "web1".to_owned(),
+            disks: vec![BackupDisk { disk: "vda".to_owned(), source: SourceSpec::parse(&uri, None).unwrap() }],
+            tags: Vec::new(),
+            follow,
+            starts: starts.iter().map(|s| (*s).to_owned()).collect(),
+            connections: 2,
+            compression: None,
+        };
+        let outcome = engine::backup(&self.catalog, request, Arc::new(Silent)).await;
+        drop(stop);
+        serving.await.unwrap().unwrap();
+        outcome
+    }
+
+    /// Restores a snapshot to a file and returns its bytes.
+    pub async fn restore(&self, snapshot: &str) -> Result<Vec<u8>, EngineError> {
+        let path: PathBuf = self.folder.path().join("restored");
+        let request = RestoreRequest {
+            snapshot: snapshot.to_owned(),
+            disk: None,
+            target: Target::Raw(path.clone()),
+            overwrite: false,
+        };
+        engine::restore(&self.catalog, request, Arc::new(Silent)).await?;
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        Ok(bytes)
+    }
+}
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x0123_4567_89ab_cdef)
+    }
+
+    /// A number below `limit`, which is not zero; the xorshift generator is plenty for choosing tests.
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+pub const CHUNK: u64 = 64 << 10;
