@@ -1,1 +1,37 @@
 //! The deduplicated chunk repository: formats at rest, storage, packs, index, maps and snapshots.
+//!
+//! A [`Repository`] lies in a [`Storage`]. A [`Session`] stores chunks and writes a map for each disk, then commits
+//! one [`Snapshot`], the only thing that makes the rest count. `docs/format.md` says what the files hold.
+
+mod cache;
+mod chunk;
+mod compress;
+mod error;
+mod format;
+mod ids;
+mod index;
+mod keys;
+mod map;
+mod pack;
+mod read;
+mod rebuild;
+mod record;
+mod repository;
+mod session;
+mod snapshot;
+mod storage;
+
+pub use chunk::{ChunkEntry, ChunkSize, Place, RecordFlags, is_zero};
+pub use compress::{Compression, NotACompression};
+pub use error::RepoError;
+pub use format::pack::PackKind;
+pub use ids::{ChunkId, NodeId, NotAnId, PackId, RepoUuid, SegmentId, SnapshotId};
+pub use map::{MapReader, MapWriter, Run, Runs, changed};
+pub use read::{Batcher, ChunkRead, ReadBatch, ReadBuffers};
+pub use rebuild::Rebuilt;
+pub use repository::{InitOptions, Repository, SnapshotList};
+pub use session::{Session, SessionOptions, StoredChunk};
+pub use snapshot::{
+    BackupKind, DiskRecord, DiskStats, MapRoot, Snapshot, SnapshotDraft, WrittenPack,
+};
+pub use storage::{FileInfo, LocalStorage, MemoryStorage, NewFile, Storage, StorageError};

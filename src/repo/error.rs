@@ -1,0 +1,134 @@
+//! What can go wrong in a repository, sorted by what its callers can do about it.
+
+use std::io;
+use std::sync::Arc;
+
+use super::ids::SnapshotId;
+
+/// A failure of the repository; cloneable, since a failed session repeats its first failure on each later call.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum RepoError {
+    /// A stored file's bytes are not what was written.
+    #[error("{file} is damaged at {at:#x}: {what}")]
+    Corrupt {
+        /// The file's name in the repository.
+        file: String,
+        /// The offset in the file.
+        at: u64,
+        /// What does not hold.
+        what: String,
+    },
+    /// A stored file is of a format that this program does not know.
+    #[error("{file} needs a newer program: {what}")]
+    Unsupported {
+        /// The file's name in the repository.
+        file: String,
+        /// The version or the feature that is not known.
+        what: String,
+    },
+    /// A file is not there.
+    #[error("{file} is missing from the repository")]
+    Missing {
+        /// The file's name in the repository.
+        file: String,
+    },
+    /// A chunk or a map node is not where its reference says, and the index knows no other copy.
+    #[error("{what} {id} cannot be found: {tried} places were tried")]
+    Lost {
+        /// `chunk` or `map node`.
+        what: &'static str,
+        /// Its identifier.
+        id: String,
+        /// How many places were tried.
+        tried: usize,
+        /// What reading the last of these places said.
+        #[source]
+        last: Option<Box<RepoError>>,
+    },
+    /// The place holds no repository.
+    #[error("{place} holds no repository")]
+    NotARepository {
+        /// The place.
+        place: String,
+    },
+    /// A repository cannot be made where something is already.
+    #[error("{place} is not empty: it holds {file}")]
+    NotEmpty {
+        /// The place.
+        place: String,
+        /// A file that is there.
+        file: String,
+    },
+    /// A file that should be new is there already.
+    #[error("{file} exists already")]
+    AlreadyExists {
+        /// The file's name in the repository.
+        file: String,
+    },
+    /// The storage has no room left.
+    #[error("no room left to write {file}")]
+    NoRoom {
+        /// The file that was being written.
+        file: String,
+        /// What the system said.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// The system refused a call.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried, with the file's name.
+        what: String,
+        /// What the system said.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// There is no snapshot of this id.
+    #[error("there is no snapshot {id}")]
+    NoSuchSnapshot {
+        /// The id that was asked for.
+        id: SnapshotId,
+    },
+    /// Another process declared this session dead, so that it may not commit.
+    #[error("session {id} was ended by another process; start a new backup")]
+    Fenced {
+        /// The session.
+        id: SnapshotId,
+    },
+    /// The session has committed, so that nothing more can be stored in it.
+    #[error("session {id} is finished")]
+    SessionFinished {
+        /// The session.
+        id: SnapshotId,
+    },
+    /// The caller asked for what cannot be.
+    #[error("{what}")]
+    Misuse {
+        /// What was asked.
+        what: String,
+    },
+}
+
+impl RepoError {
+    /// Makes an [`RepoError::Io`]; `what` follows "cannot".
+    pub(crate) fn io(what: impl Into<String>, source: io::Error) -> Self {
+        Self::Io {
+            what: what.into(),
+            source: Arc::new(source),
+        }
+    }
+
+    /// Makes a [`RepoError::Corrupt`].
+    pub(crate) fn corrupt(file: impl Into<String>, at: u64, what: impl Into<String>) -> Self {
+        Self::Corrupt {
+            file: file.into(),
+            at,
+            what: what.into(),
+        }
+    }
+
+    /// Makes a [`RepoError::Misuse`].
+    pub(crate) fn misuse(what: impl Into<String>) -> Self {
+        Self::Misuse { what: what.into() }
+    }
+}

@@ -1,0 +1,233 @@
+//! The index: from an identifier to the places that hold it, in immutable sorted segments.
+//!
+//! It is a cache: all that it says stands in the packs' footers too. An unreadable segment is reported and left out.
+
+mod merge;
+mod segment;
+mod write;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::cache::Cache;
+use super::chunk::Place;
+use super::error::RepoError;
+use super::format::pack::PackKind;
+use super::format::segment::{self as format, SegmentEntry};
+use super::ids::{PackId, SegmentId};
+use super::storage::Storage;
+use segment::{Pages, Segment};
+
+/// The index of an opened repository, shared by all of its sessions and readers.
+#[derive(Debug)]
+pub(crate) struct Index {
+    storage: Arc<dyn Storage>,
+    segments: RwLock<Arc<Vec<Arc<Segment>>>>,
+    pages: Pages,
+    loading: Mutex<Loading>,
+}
+
+#[derive(Debug, Default)]
+struct Loading {
+    loaded: bool,
+    damaged: Vec<(String, RepoError)>,
+}
+
+impl Index {
+    pub(crate) fn new(storage: Arc<dyn Storage>) -> Self {
+        Self {
+            storage,
+            segments: RwLock::default(),
+            pages: Cache::new(CACHED_PAGES),
+            loading: Mutex::default(),
+        }
+    }
+
+    /// Looks for segments that were published since the last look; the first look is the first use.
+    pub(crate) fn refresh(&self) -> Result<(), RepoError> {
+        let mut loading = lock(&self.loading);
+        let mut names: Vec<(u8, SegmentId)> = self
+            .storage
+            .list("idx/")?
+            .iter()
+            .filter_map(|file| format::parse_file_name(&file.name))
+            .collect();
+        // The highest level first: what a segment supersedes needs not be opened.
+        names.sort_unstable_by(|a, b| b.cmp(a));
+        let known = self.live();
+        let mut live: Vec<Arc<Segment>> = Vec::new();
+        let mut superseded: HashSet<(u8, SegmentId)> = HashSet::new();
+        let mut filter_bytes = 0;
+        loading.damaged.clear();
+        for name in names {
+            if superseded.contains(&name) {
+                continue;
+            }
+            let found = known.iter().find(|s| s.name() == name);
+            let segment = match found {
+                Some(segment) => Arc::clone(segment),
+                None => match Segment::open(&*self.storage, name, FILTER_BYTES - filter_bytes) {
+                    Ok(segment) => Arc::new(segment),
+                    // Merged and pruned since it was listed; what took its place is seen by the next refresh.
+                    Err(RepoError::Missing { .. }) => continue,
+                    Err(error @ (RepoError::Corrupt { .. } | RepoError::Unsupported { .. })) => {
+                        tracing::error!(%error, "an index segment is unreadable; chunks may be stored again");
+                        let file = format::file_name(name.0, &name.1);
+                        loading.damaged.push((file, error));
+                        continue;
+                    }
+                    Err(other) => return Err(other),
+                },
+            };
+            superseded.extend(segment.supersedes().iter().copied());
+            filter_bytes = FILTER_BYTES.min(filter_bytes + segment.filter_bytes());
+            live.push(segment);
+        }
+        // Recent segments answer first.
+        live.reverse();
+        self.set_live(live);
+        loading.loaded = true;
+        Ok(())
+    }
+
+    /// Returns a place that holds the record `id`, when the index knows one; a damaged page knows none.
+    pub(crate) fn find(&self, id: &[u8; 32]) -> Result<Option<(PackKind, Place)>, RepoError> {
+        let mut found = Vec::new();
+        for segment in self.live().iter() {
+            if !segment.may_hold(id) {
+                continue;
+            }
+            match segment.find(&*self.storage, &self.pages, id, &mut found) {
+                Ok(()) => {}
+                Err(error @ (RepoError::Corrupt { .. } | RepoError::Missing { .. })) => {
+                    tracing::error!(%error, "an index page is unreadable; chunks may be stored again");
+                }
+                Err(other) => return Err(other),
+            }
+            if let Some(first) = found.first() {
+                return Ok(Some(*first));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Returns all places that hold the record `id`; asks no filter, since one may be damaged or wrong.
+    pub(crate) fn find_all(&self, id: &[u8; 32]) -> Result<Vec<(PackKind, Place)>, RepoError> {
+        if !lock(&self.loading).loaded {
+            self.refresh()?;
+        }
+        let mut found = Vec::new();
+        for segment in self.live().iter() {
+            if let Err(error) = segment.find(&*self.storage, &self.pages, id, &mut found) {
+                tracing::error!(%error, "an index page is unreadable");
+            }
+        }
+        found.dedup();
+        Ok(found)
+    }
+
+    /// Publishes a segment of entries in any order, and uses it from now on.
+    pub(crate) fn add(
+        &self,
+        mut entries: Vec<SegmentEntry>,
+        packs: &[(PackKind, PackId)],
+    ) -> Result<(), RepoError> {
+        entries.sort_unstable();
+        let name = write::write_sorted(&*self.storage, 0, &entries, packs)?;
+        let segment = Segment::open(&*self.storage, name, self.filter_room())?;
+        self.replace(&[], Arc::new(segment));
+        Ok(())
+    }
+
+    /// Merges segments where eight or more stand at one level, as long as no merge has more than `most` entries.
+    ///
+    /// Pure: two processes that merge the same segments write the same file. What was merged stays until a prune.
+    pub(crate) fn merge(&self, most: u64) -> Result<u64, RepoError> {
+        self.refresh()?;
+        let mut merges = 0;
+        for level in 0..MAX_MERGE_LEVEL {
+            let inputs: Vec<Arc<Segment>> = self
+                .live()
+                .iter()
+                .filter(|s| s.name().0 == level)
+                .cloned()
+                .collect();
+            let entries: u64 = inputs.iter().map(|s| s.entries()).sum();
+            if inputs.len() < MERGE_AT || entries > most {
+                continue;
+            }
+            let listed = self.storage.list("idx/")?;
+            let still_there = listed
+                .iter()
+                .filter_map(|f| format::parse_file_name(&f.name))
+                .collect();
+            let name = merge::merge(&*self.storage, &inputs, level + 1, &still_there)?;
+            self.storage.barrier()?;
+            let merged = Segment::open(&*self.storage, name, self.filter_room())?;
+            self.replace(&inputs, Arc::new(merged));
+            merges += 1;
+        }
+        Ok(merges)
+    }
+
+    /// Returns the packs that segments name.
+    pub(crate) fn packs(&self) -> HashSet<(PackKind, PackId)> {
+        let live = self.live();
+        live.iter().flat_map(|s| s.packs()).copied().collect()
+    }
+
+    /// Returns the segments that could not be read, with the reasons.
+    pub(crate) fn damaged(&self) -> Vec<(String, RepoError)> {
+        lock(&self.loading).damaged.clone()
+    }
+
+    /// The number of segments that are asked.
+    pub(crate) fn live_count(&self) -> usize {
+        self.live().len()
+    }
+
+    fn live(&self) -> Arc<Vec<Arc<Segment>>> {
+        Arc::clone(&self.segments.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn set_live(&self, live: Vec<Arc<Segment>>) {
+        *self
+            .segments
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Arc::new(live);
+    }
+
+    fn replace(&self, gone: &[Arc<Segment>], new: Arc<Segment>) {
+        let _one = lock(&self.loading);
+        let gone: HashSet<_> = gone.iter().map(|s| s.name()).collect();
+        let old = self.live();
+        let kept = old
+            .iter()
+            .filter(|s| !gone.contains(&s.name()) && s.name() != new.name());
+        let mut live = vec![Arc::clone(&new)];
+        live.extend(kept.cloned());
+        live.sort_by_key(|s| s.name().0);
+        self.set_live(live);
+    }
+
+    fn filter_room(&self) -> u64 {
+        let used: u64 = self.live().iter().map(|s| s.filter_bytes()).sum();
+        FILTER_BYTES.saturating_sub(used)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The most bytes of filters in memory; a segment past that is asked by its pages alone.
+const FILTER_BYTES: u64 = 24 << 20;
+
+/// How many decoded pages are kept.
+const CACHED_PAGES: usize = 256;
+
+/// How many segments of one level are merged into one of the next.
+const MERGE_AT: usize = 8;
+
+/// Levels grow by a factor of eight, so that this is never reached.
+const MAX_MERGE_LEVEL: u8 = 20;

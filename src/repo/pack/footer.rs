@@ -1,0 +1,48 @@
+//! Reading the footer of a published pack, checked against its header, hash and name.
+
+use super::super::error::RepoError;
+use super::super::format::pack::{FooterEntry, PackHeader, PackKind, PackTrailer, decode_footer};
+use super::super::ids::{PackId, RepoUuid};
+use super::super::storage::Storage;
+
+/// What a pack holds.
+#[derive(Debug)]
+pub(crate) struct Footer {
+    pub(crate) entries: Vec<FooterEntry>,
+}
+
+/// Reads the footer of a pack of this repository; three small reads.
+pub(crate) fn read_footer(
+    storage: &dyn Storage,
+    repo: RepoUuid,
+    kind: PackKind,
+    pack: PackId,
+) -> Result<Footer, RepoError> {
+    let file = kind.file_name(&pack);
+    let len = storage.len(&file)?;
+    let least = (PackHeader::LEN + PackTrailer::LEN) as u64;
+    if len < least {
+        return Err(RepoError::corrupt(file, len, "a pack is longer"));
+    }
+    let mut header = [0; PackHeader::LEN];
+    storage.read_at(&file, 0, &mut header)?;
+    let header = PackHeader::decode(&header, kind).map_err(|e| e.in_file(&file))?;
+    if header.pack != pack || header.repo != repo {
+        let what = format!("it is pack {} of repository {}", header.pack, header.repo);
+        return Err(RepoError::corrupt(file, 0, what));
+    }
+    let mut trailer = [0; PackTrailer::LEN];
+    storage.read_at(&file, len - PackTrailer::LEN as u64, &mut trailer)?;
+    let (trailer, footer_at) = PackTrailer::decode(&trailer, len).map_err(|e| e.in_file(&file))?;
+    let mut footer = vec![0; trailer.footer_len as usize];
+    storage.read_at(&file, footer_at, &mut footer)?;
+    if blake3::hash(&footer) != blake3::Hash::from(trailer.footer_hash) {
+        return Err(RepoError::corrupt(
+            file,
+            footer_at,
+            "the footer's hash differs",
+        ));
+    }
+    let entries = decode_footer(&footer, footer_at).map_err(|e| e.in_file(&file))?;
+    Ok(Footer { entries })
+}

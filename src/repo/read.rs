@@ -1,0 +1,221 @@
+//! Reading chunks: by hint, else by the index, each checked against its identifier before its bytes are returned.
+
+use std::cell::RefCell;
+
+use super::chunk::{ChunkEntry, Place};
+use super::error::RepoError;
+use super::format::pack::PackKind;
+use super::ids::PackId;
+use super::record;
+use super::repository::Repository;
+
+/// A chunk that is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkRead {
+    /// The chunk's number, for the caller.
+    pub number: u64,
+    /// Its identifier and place.
+    pub entry: ChunkEntry,
+    /// Its length in bytes.
+    pub plain_len: u32,
+}
+
+/// Chunks that one read of a pack brings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadBatch {
+    pack: PackId,
+    offset: u64,
+    end: u64,
+    chunks: Vec<ChunkRead>,
+}
+
+impl ReadBatch {
+    /// The chunks, in the order in which they were asked for.
+    pub fn chunks(&self) -> &[ChunkRead] {
+        &self.chunks
+    }
+
+    /// The bytes that are read from the pack.
+    pub fn stored_bytes(&self) -> u64 {
+        self.end - self.offset
+    }
+}
+
+/// Gathers neighbours into batches.
+#[derive(Debug, Default)]
+pub struct Batcher {
+    batch: Option<ReadBatch>,
+}
+
+impl Batcher {
+    /// Adds a chunk; returns the batch before it when it does not fit in.
+    pub fn push(&mut self, read: ChunkRead) -> Option<ReadBatch> {
+        let Place { pack, .. } = read.entry.place;
+        let offset = u64::from(read.entry.place.offset);
+        let end = offset + u64::from(read.entry.place.len);
+        if let Some(batch) = &mut self.batch {
+            let (low, high) = (batch.offset.min(offset), batch.end.max(end));
+            let near = offset <= batch.end + MAX_GAP && batch.offset <= end + MAX_GAP;
+            if batch.pack == pack
+                && near
+                && high - low <= MAX_BATCH_BYTES
+                && batch.chunks.len() < MAX_BATCH_CHUNKS
+            {
+                batch.offset = low;
+                batch.end = high;
+                batch.chunks.push(read);
+                return None;
+            }
+        }
+        self.batch.replace(ReadBatch {
+            pack,
+            offset,
+            end,
+            chunks: vec![read],
+        })
+    }
+
+    /// Returns the last batch.
+    pub fn finish(&mut self) -> Option<ReadBatch> {
+        self.batch.take()
+    }
+}
+
+/// Buffers for reading, to be used again and again.
+#[derive(Debug, Default)]
+pub struct ReadBuffers {
+    stored: Vec<u8>,
+    plain: Vec<u8>,
+}
+
+impl Repository {
+    /// Reads a chunk of `plain_len` bytes into `out`, in place of what was there.
+    pub fn read_chunk(
+        &self,
+        entry: &ChunkEntry,
+        plain_len: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), RepoError> {
+        let first = match self.read_from(entry, &entry.place, plain_len, out) {
+            Ok(()) => return Ok(()),
+            Err(first) => first,
+        };
+        let mut tried = 1;
+        for (kind, place) in self.index().find_all(entry.id.as_bytes())? {
+            if kind != PackKind::Data || place == entry.place {
+                continue;
+            }
+            tried += 1;
+            if self.read_from(entry, &place, plain_len, out).is_ok() {
+                return Ok(());
+            }
+        }
+        out.clear();
+        Err(match first {
+            RepoError::Missing { .. } => RepoError::Lost {
+                what: "chunk",
+                id: entry.id.to_string(),
+                tried,
+                last: Some(Box::new(first)),
+            },
+            other => other,
+        })
+    }
+
+    /// Reads the chunks of a batch and calls `each` with the bytes of each; ends at the first failure.
+    pub fn read_batch<E: From<RepoError>>(
+        &self,
+        batch: &ReadBatch,
+        buffers: &mut ReadBuffers,
+        mut each: impl FnMut(&ChunkRead, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let ReadBuffers { stored, plain } = buffers;
+        let file = PackKind::Data.file_name(&batch.pack);
+        stored.resize(batch.stored_bytes() as usize, 0);
+        let read = self.storage().read_at(&file, batch.offset, stored);
+        for chunk in &batch.chunks {
+            let place = &chunk.entry.place;
+            let from = (u64::from(place.offset) - batch.offset) as usize;
+            let record = &stored[from..from + place.len as usize];
+            let found = match &read {
+                Ok(()) => self
+                    .open_record(&chunk.entry, place, chunk.plain_len, record, plain)
+                    .ok(),
+                Err(_) => None,
+            };
+            match found {
+                Some(bytes) => each(chunk, bytes)?,
+                None => {
+                    // One by one, which also knows what to say when a chunk is not to be had at all.
+                    self.read_chunk(&chunk.entry, chunk.plain_len, plain)?;
+                    each(chunk, plain)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read_from(
+        &self,
+        entry: &ChunkEntry,
+        place: &Place,
+        plain_len: u32,
+        out: &mut Vec<u8>,
+    ) -> Result<(), RepoError> {
+        STORED.with_borrow_mut(|stored| {
+            record::read_stored(&**self.storage(), PackKind::Data, place, stored)?;
+            let mut plain = std::mem::take(out);
+            let opened = self.open_record(entry, place, plain_len, stored, &mut plain);
+            let raw = match opened {
+                Ok(bytes) => std::ptr::eq(bytes, stored.as_slice()),
+                Err(error) => {
+                    *out = plain;
+                    return Err(error);
+                }
+            };
+            if raw {
+                plain.clear();
+                plain.extend_from_slice(stored);
+            }
+            *out = plain;
+            Ok(())
+        })
+    }
+
+    /// Returns the plain bytes of a chunk's record, checked against its identifier.
+    fn open_record<'a>(
+        &self,
+        entry: &ChunkEntry,
+        place: &Place,
+        plain_len: u32,
+        stored: &'a [u8],
+        scratch: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8], RepoError> {
+        let fault = |what: String| {
+            let file = PackKind::Data.file_name(&place.pack);
+            RepoError::corrupt(file, place.offset.into(), what)
+        };
+        let plain =
+            record::decode(stored, place.flags, plain_len as usize, scratch).map_err(fault)?;
+        if plain.len() != plain_len as usize {
+            return Err(fault(format!(
+                "a chunk of {} bytes stands where one of {plain_len} belongs",
+                plain.len()
+            )));
+        }
+        if self.keys().chunk_id(plain) != entry.id {
+            return Err(fault(format!("this is not chunk {}", entry.id)));
+        }
+        Ok(plain)
+    }
+}
+
+thread_local! {
+    static STORED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+const MAX_BATCH_BYTES: u64 = 4 << 20;
+const MAX_BATCH_CHUNKS: usize = 128;
+
+/// Reading this many useless bytes costs less than another call.
+const MAX_GAP: u64 = 128 << 10;

@@ -1,0 +1,292 @@
+//! A repository: making one, opening one, its snapshots and maps.
+
+use std::sync::Arc;
+
+use super::chunk::ChunkSize;
+use super::compress::Compression;
+use super::error::RepoError;
+use super::format::config::{Config, Features};
+use super::format::envelope::MAX_SMALL_FILE;
+use super::format::key_slot::KeySlot;
+use super::format::snapshot::file_name;
+use super::ids::{RepoUuid, SnapshotId, random_bytes};
+use super::index::Index;
+use super::keys::Keys;
+use super::map::{MapReader, Nodes};
+use super::session::{Session, SessionOptions};
+use super::snapshot::{MapRoot, Snapshot};
+use super::storage::{Storage, StorageError};
+
+/// An opened repository; shared between threads.
+#[derive(Debug)]
+pub struct Repository {
+    storage: Arc<dyn Storage>,
+    config: Config,
+    keys: Keys,
+    index: Arc<Index>,
+    nodes: Arc<Nodes>,
+    damaged: Vec<(String, RepoError)>,
+}
+
+/// What a new repository is to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InitOptions {
+    /// The size of all chunks, for good.
+    pub chunk_size: ChunkSize,
+    /// How chunks are compressed unless a session says otherwise.
+    pub compression: Compression,
+}
+
+/// The snapshots of a repository.
+#[derive(Clone, Debug, Default)]
+pub struct SnapshotList {
+    /// Those that can be read, by their start, then by id.
+    pub snapshots: Vec<Snapshot>,
+    /// The files that cannot be read, with the reasons.
+    pub unreadable: Vec<(String, RepoError)>,
+}
+
+impl Repository {
+    /// Makes a repository in an empty place.
+    pub fn init(storage: Arc<dyn Storage>, options: &InitOptions) -> Result<Arc<Self>, RepoError> {
+        let found = storage.list("")?;
+        // A key alone is what an init leaves that was killed: no data can hang on it.
+        let other = found
+            .iter()
+            .find(|file| !KEY_FILES.contains(&file.name.as_str()));
+        if let Some(file) = other {
+            return Err(not_empty(&*storage, &file.name));
+        }
+        if found.is_empty() {
+            let slot = KeySlot::Clear {
+                master: random_bytes()?,
+            };
+            // Exactly one of several that run at once gets past this.
+            create(&*storage, KEY_FILES[0], &slot.encode()?)?;
+        }
+        let (keys, _) = load_keys(&*storage)?;
+        let key_file = storage.read(KEY_FILES[0], MAX_SMALL_FILE)?;
+        match create(&*storage, KEY_FILES[1], &key_file) {
+            Ok(()) | Err(RepoError::NotEmpty { .. }) => {}
+            Err(other) => return Err(other),
+        }
+        let config = Config {
+            features: Features::default(),
+            uuid: RepoUuid::random()?,
+            chunk_size: options.chunk_size,
+            compression: options.compression,
+        };
+        let file = config.encode(keys.mac())?;
+        storage.barrier()?;
+        create(&*storage, CONFIG_FILES[1], &file)?;
+        storage.barrier()?;
+        create(&*storage, CONFIG_FILES[0], &file)?;
+        storage.barrier()?;
+        Self::open(storage)
+    }
+
+    /// Opens a repository.
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Arc<Self>, RepoError> {
+        let mut damaged = Vec::new();
+        let present = CONFIG_FILES.iter().any(|file| storage.len(file).is_ok());
+        if !present {
+            return Err(RepoError::NotARepository {
+                place: storage.place(),
+            });
+        }
+        let (keys, faults) = load_keys(&*storage)?;
+        damaged.extend(faults);
+        let config = first_good(&CONFIG_FILES, &mut damaged, |file| {
+            let bytes = storage.read(file, MAX_SMALL_FILE)?;
+            Config::decode(&bytes, keys.mac()).map_err(|e| e.in_file(file))
+        })?;
+        let index = Arc::new(Index::new(Arc::clone(&storage)));
+        let nodes = Nodes::new(Arc::clone(&storage), keys.clone(), Arc::clone(&index));
+        for (file, error) in &damaged {
+            tracing::error!(%error, file, "a copy of a small file is damaged; its other copy is used");
+        }
+        Ok(Arc::new(Self {
+            storage,
+            config,
+            keys,
+            index,
+            nodes: Arc::new(nodes),
+            damaged,
+        }))
+    }
+
+    /// The repository's identifier.
+    pub fn uuid(&self) -> RepoUuid {
+        self.config.uuid
+    }
+
+    /// The size of all of its chunks.
+    pub fn chunk_size(&self) -> ChunkSize {
+        self.config.chunk_size
+    }
+
+    /// How chunks are compressed unless a session says otherwise.
+    pub fn compression(&self) -> Compression {
+        self.config.compression
+    }
+
+    /// Returns what was found damaged so far and done without: copies of small files, and index segments.
+    pub fn damaged(&self) -> Vec<(String, RepoError)> {
+        let mut all = self.damaged.clone();
+        all.extend(self.index.damaged());
+        all
+    }
+
+    /// Reads all snapshots; one that cannot be read does not hide the others.
+    pub fn snapshots(&self) -> Result<SnapshotList, RepoError> {
+        let mut list = SnapshotList::default();
+        for file in self.storage.list("snap/")? {
+            let id = file.name.strip_prefix("snap/").map(str::parse);
+            let read = match id {
+                Some(Ok(id)) => self.snapshot(&id),
+                _ => Err(RepoError::corrupt(
+                    &file.name,
+                    0,
+                    "this is no snapshot's name",
+                )),
+            };
+            match read {
+                Ok(snapshot) => list.snapshots.push(snapshot),
+                // Removed since it was listed.
+                Err(RepoError::NoSuchSnapshot { .. }) => {}
+                Err(error) => list.unreadable.push((file.name, error)),
+            }
+        }
+        list.snapshots
+            .sort_by_key(|s| (s.draft.started_unix_nanos, s.id));
+        list.unreadable.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(list)
+    }
+
+    /// Reads one snapshot.
+    pub fn snapshot(&self, id: &SnapshotId) -> Result<Snapshot, RepoError> {
+        let file = file_name(id);
+        let bytes = match self.storage.read(&file, MAX_SMALL_FILE) {
+            Ok(bytes) => bytes,
+            Err(StorageError::Missing { .. }) => return Err(RepoError::NoSuchSnapshot { id: *id }),
+            Err(other) => return Err(other.into()),
+        };
+        let snapshot = Snapshot::decode(&bytes, self.keys.mac(), self.chunk_size())
+            .map_err(|e| e.in_file(&file))?;
+        if snapshot.id != *id || snapshot.repo != self.uuid() {
+            let what = format!(
+                "it holds snapshot {} of repository {}",
+                snapshot.id, snapshot.repo
+            );
+            return Err(RepoError::corrupt(file, 0, what));
+        }
+        Ok(snapshot)
+    }
+
+    /// Opens the map of a disk of `disk_bytes` bytes.
+    pub fn map(&self, root: &MapRoot, disk_bytes: u64) -> Result<MapReader, RepoError> {
+        let chunks = self.chunk_size().count(disk_bytes);
+        MapReader::new(Arc::clone(&self.nodes), *root, chunks)
+    }
+
+    /// Begins a session, which stores chunks and maps and ends by committing one snapshot.
+    pub fn begin(self: &Arc<Self>, options: &SessionOptions) -> Result<Session, RepoError> {
+        if !self.config.features.writable() {
+            return Err(RepoError::Unsupported {
+                file: CONFIG_FILES[0].to_owned(),
+                what: format!("features {:#x} for writing", self.config.features.ro_compat),
+            });
+        }
+        let swept = self.storage.sweep()?;
+        if swept > 0 {
+            tracing::info!(files = swept, "removed what a killed session was writing");
+        }
+        self.index.refresh()?;
+        Session::begin(Arc::clone(self), options)
+    }
+
+    /// Merges index segments, as long as no merge has more than `most_entries`, and returns how many merges there were.
+    pub fn merge_index(&self, most_entries: u64) -> Result<u64, RepoError> {
+        self.index.merge(most_entries)
+    }
+
+    /// The number of index segments that a look-up may have to ask.
+    pub fn index_segments(&self) -> Result<usize, RepoError> {
+        self.index.refresh()?;
+        Ok(self.index.live_count())
+    }
+
+    pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    pub(crate) fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
+    pub(crate) fn index(&self) -> &Index {
+        &self.index
+    }
+
+    pub(crate) fn nodes(&self) -> &Arc<Nodes> {
+        &self.nodes
+    }
+}
+
+/// Creates a small file; that it is there already means that another init runs or ran.
+fn create(storage: &dyn Storage, name: &str, bytes: &[u8]) -> Result<(), RepoError> {
+    let mut file = storage.create()?;
+    file.write(bytes)?;
+    match file.publish(name) {
+        Ok(()) => Ok(()),
+        Err(StorageError::Exists { .. }) => Err(not_empty(storage, name)),
+        Err(other) => Err(other.into()),
+    }
+}
+
+fn not_empty(storage: &dyn Storage, file: &str) -> RepoError {
+    RepoError::NotEmpty {
+        place: storage.place(),
+        file: file.to_owned(),
+    }
+}
+
+/// Reads the master key, and says which copies were damaged.
+fn load_keys(storage: &dyn Storage) -> Result<(Keys, Vec<(String, RepoError)>), RepoError> {
+    let mut damaged = Vec::new();
+    let KeySlot::Clear { master } = first_good(&KEY_FILES, &mut damaged, |file| {
+        let bytes = storage.read(file, MAX_SMALL_FILE)?;
+        KeySlot::decode(&bytes).map_err(|e| e.in_file(file))
+    })?;
+    Ok((Keys::derive(&master), damaged))
+}
+
+/// Returns the first copy that can be read, else what was wrong with the first.
+fn first_good<T>(
+    files: &[&str],
+    damaged: &mut Vec<(String, RepoError)>,
+    read: impl Fn(&str) -> Result<T, RepoError>,
+) -> Result<T, RepoError> {
+    for file in files {
+        match read(file) {
+            Ok(value) => return Ok(value),
+            // Neither says that the file is damaged.
+            Err(error @ (RepoError::Unsupported { .. } | RepoError::Io { .. })) => {
+                return Err(error);
+            }
+            Err(error) => damaged.push(((*file).to_owned(), error)),
+        }
+    }
+    Err(match damaged.iter().find(|(file, _)| *file == files[0]) {
+        Some((_, error)) => error.clone(),
+        None => RepoError::Missing {
+            file: files[0].to_owned(),
+        },
+    })
+}
+
+/// The two copies of the configuration.
+const CONFIG_FILES: [&str; 2] = ["config", "config.bak"];
+
+/// The two copies of the key slot of kind 0.
+const KEY_FILES: [&str; 2] = ["keys/0", "keys/0.bak"];

@@ -1,0 +1,343 @@
+//! A session: chunks and maps are stored, then one snapshot is committed, or nothing of it is ever seen.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::chunk::{ChunkEntry, Place, RecordFlags, is_zero};
+use super::compress::{Compression, compress};
+use super::error::RepoError;
+use super::format::pack::{PackKind, PackTrailer};
+use super::format::snapshot::file_name;
+use super::ids::{NodeId, PackId, SnapshotId};
+use super::map::MapWriter;
+use super::pack::Packs;
+use super::repository::Repository;
+use super::snapshot::{MapRoot, Snapshot, SnapshotDraft};
+use super::storage::StorageError;
+
+/// How a session stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// How chunks are compressed; `None` for the repository's own way.
+    pub compression: Option<Compression>,
+    /// The length in bytes at which a pack is closed.
+    pub pack_bytes: u64,
+    /// How many stored chunks and nodes are remembered before they are written to the index.
+    pub remembered: usize,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            compression: None,
+            pack_bytes: 64 << 20,
+            // What a hash table of 256 Ki buckets holds.
+            remembered: (256 << 10) / 8 * 7,
+        }
+    }
+}
+
+/// A session; used from many threads at once.
+///
+/// The first failure to write ends it for good: each later call returns that failure. Dropping it without a commit
+/// leaves nothing that anybody sees, at most packs that a prune removes.
+#[derive(Debug)]
+pub struct Session {
+    core: Arc<SessionCore>,
+}
+
+/// What storing a chunk came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredChunk {
+    /// What the map needs to know; `None` when all bytes are zero.
+    pub entry: Option<ChunkEntry>,
+    /// Whether the repository did not have it.
+    pub is_new: bool,
+    /// The bytes that it took in a pack; 0 when it is not new.
+    pub stored_bytes: u64,
+}
+
+impl Session {
+    pub(crate) fn begin(
+        repo: Arc<Repository>,
+        options: &SessionOptions,
+    ) -> Result<Self, RepoError> {
+        let id = SnapshotId::random()?;
+        let storage = Arc::clone(repo.storage());
+        let packs = Packs::new(storage, repo.uuid(), id, options.pack_bytes)?;
+        let core = SessionCore {
+            compression: options.compression.unwrap_or(repo.compression()),
+            remembered: options.remembered.max(1),
+            id,
+            repo,
+            packs,
+            packs_there: Mutex::default(),
+            roots: Mutex::default(),
+            spilling: Mutex::default(),
+            finished: AtomicBool::new(false),
+        };
+        Ok(Self {
+            core: Arc::new(core),
+        })
+    }
+
+    /// The identifier that the snapshot will have.
+    pub fn id(&self) -> SnapshotId {
+        self.core.id
+    }
+
+    /// Stores a chunk, unless it is all zeros or the repository has it.
+    ///
+    /// The bytes are a whole chunk, or the last one of a disk.
+    pub fn store_chunk(&self, plain: &[u8]) -> Result<StoredChunk, RepoError> {
+        self.core.store_chunk(plain)
+    }
+
+    /// Begins the map of a disk of `disk_bytes` bytes; the parent is a committed map and its disk's size in bytes.
+    pub fn map_writer(
+        &self,
+        parent: Option<(&MapRoot, u64)>,
+        disk_bytes: u64,
+    ) -> Result<MapWriter, RepoError> {
+        self.core.check()?;
+        MapWriter::new(
+            Arc::clone(&self.core),
+            Arc::clone(self.core.repo.nodes()),
+            parent,
+            self.core.repo.chunk_size(),
+            disk_bytes,
+        )
+    }
+
+    /// Makes all durable, then publishes the snapshot; returns when that is durable too.
+    pub fn commit(&self, draft: SnapshotDraft) -> Result<Snapshot, RepoError> {
+        self.core.commit(draft)
+    }
+}
+
+/// What the handles of a session share.
+#[derive(Debug)]
+pub(crate) struct SessionCore {
+    repo: Arc<Repository>,
+    id: SnapshotId,
+    compression: Compression,
+    packs: Packs,
+    /// How many records are remembered before they go to the index.
+    remembered: usize,
+    /// The lengths of packs that the index named; `None` for those that are not there.
+    packs_there: Mutex<HashMap<(PackKind, PackId), Option<u64>>>,
+    /// The roots that this session's map writers finished.
+    roots: Mutex<HashSet<(u8, NodeId)>>,
+    spilling: Mutex<()>,
+    finished: AtomicBool,
+}
+
+impl SessionCore {
+    /// Stores a map node, unless the repository has it; says where it is and whether it is new.
+    pub(crate) fn store_node(&self, id: &NodeId, node: &[u8]) -> Result<(Place, bool), RepoError> {
+        self.check()?;
+        if let Some(place) = self.known(PackKind::Meta, id.as_bytes())? {
+            return Ok((place, false));
+        }
+        // Nodes are made of hashes, which do not compress.
+        self.append(PackKind::Meta, id.as_bytes(), node, RecordFlags::RAW)
+    }
+
+    /// Remembers a root whose nodes this session made durable or found durable.
+    pub(crate) fn add_root(&self, root: &MapRoot) {
+        if let Some(id) = root.id() {
+            lock(&self.roots).insert((root.level, id));
+        }
+    }
+
+    fn store_chunk(&self, plain: &[u8]) -> Result<StoredChunk, RepoError> {
+        self.check()?;
+        if plain.is_empty() || plain.len() > self.repo.chunk_size().bytes() as usize {
+            return Err(RepoError::misuse(format!(
+                "a chunk of {} bytes is none of {}",
+                plain.len(),
+                self.repo.chunk_size()
+            )));
+        }
+        let known = |entry| StoredChunk {
+            entry,
+            is_new: false,
+            stored_bytes: 0,
+        };
+        if is_zero(plain) {
+            return Ok(known(None));
+        }
+        let id = self.repo.keys().chunk_id(plain);
+        if let Some(place) = self.known(PackKind::Data, id.as_bytes())? {
+            return Ok(known(Some(ChunkEntry { id, place })));
+        }
+        COMPRESSED.with_borrow_mut(|compressed| {
+            let flags = compress(plain, self.compression, compressed)
+                .map_err(|e| RepoError::io("compress a chunk", e))?;
+            let stored = match flags {
+                RecordFlags::RAW => plain,
+                _ => compressed,
+            };
+            let (place, is_new) = self.append(PackKind::Data, id.as_bytes(), stored, flags)?;
+            Ok(StoredChunk {
+                entry: Some(ChunkEntry { id, place }),
+                is_new,
+                stored_bytes: if is_new { u64::from(place.len) } else { 0 },
+            })
+        })
+    }
+
+    fn commit(&self, mut draft: SnapshotDraft) -> Result<Snapshot, RepoError> {
+        self.check()?;
+        for disk in &mut draft.disks {
+            let chunks = self.repo.chunk_size().count(disk.size_bytes);
+            disk.root.check(chunks)?;
+            let ours = match disk.root.id() {
+                Some(id) => lock(&self.roots).contains(&(disk.root.level, id)),
+                None => true,
+            };
+            if !ours {
+                return Err(RepoError::misuse(format!(
+                    "the map of disk {} was not written in this session",
+                    disk.disk
+                )));
+            }
+        }
+        if self.finished.swap(true, Ordering::SeqCst) {
+            return Err(RepoError::SessionFinished { id: self.id });
+        }
+        let snapshot = self.publish(draft).map_err(|e| self.packs.fail(e))?;
+        // The snapshot is durable: whatever happens to the index now is no failure of the backup.
+        if let Err(error) = self.repo.merge_index(MERGE_AT_COMMIT) {
+            tracing::warn!(%error, "index segments were not merged");
+        }
+        Ok(snapshot)
+    }
+
+    fn publish(&self, draft: SnapshotDraft) -> Result<Snapshot, RepoError> {
+        let storage = self.repo.storage();
+        let packs = self.packs.finish()?;
+        storage.barrier()?;
+        let (entries, table) = self.packs.published();
+        if !entries.is_empty() {
+            self.repo.index().add(entries, &table)?;
+            storage.barrier()?;
+        }
+        let snapshot = Snapshot {
+            id: self.id,
+            repo: self.repo.uuid(),
+            draft,
+            packs,
+        };
+        let mut file = storage.create()?;
+        file.write(&snapshot.encode(self.repo.keys().mac())?)?;
+        match file.publish(&file_name(&self.id)) {
+            Ok(()) => {}
+            Err(StorageError::Exists { .. }) => return Err(RepoError::Fenced { id: self.id }),
+            Err(other) => return Err(other.into()),
+        }
+        storage.barrier()?;
+        Ok(snapshot)
+    }
+
+    fn check(&self) -> Result<(), RepoError> {
+        self.packs.check()?;
+        match self.finished.load(Ordering::SeqCst) {
+            false => Ok(()),
+            true => Err(RepoError::SessionFinished { id: self.id }),
+        }
+    }
+
+    fn append(
+        &self,
+        kind: PackKind,
+        id: &[u8; 32],
+        stored: &[u8],
+        flags: RecordFlags,
+    ) -> Result<(Place, bool), RepoError> {
+        let appended = self.packs.append(kind, id, stored, flags)?;
+        if self.packs.remembered() >= self.remembered {
+            self.spill().map_err(|e| self.packs.fail(e))?;
+        }
+        Ok((appended.place, appended.is_new))
+    }
+
+    /// Writes what is remembered of published packs to the index; others that come to the limit wait meanwhile.
+    fn spill(&self) -> Result<(), RepoError> {
+        let _one = lock(&self.spilling);
+        if self.packs.remembered() < self.remembered {
+            return Ok(());
+        }
+        let (mut entries, mut table) = self.packs.published();
+        if entries.len() < self.remembered / 4 {
+            self.packs.drain()?;
+            (entries, table) = self.packs.published();
+        }
+        if entries.len() < self.remembered / 4 {
+            // All is in packs that are open; only with limits far below the usual ones.
+            self.packs.finish()?;
+            (entries, table) = self.packs.published();
+        }
+        // No segment may name a pack that a power failure could take away.
+        self.repo.storage().barrier()?;
+        self.repo.index().add(entries.clone(), &table)?;
+        self.packs.forget(&entries);
+        Ok(())
+    }
+
+    /// Returns where a record is that this session or the repository has, in a pack that is there.
+    fn known(&self, kind: PackKind, id: &[u8; 32]) -> Result<Option<Place>, RepoError> {
+        if let Some(place) = self.packs.find(id) {
+            return Ok(Some(place));
+        }
+        let usable = |found: &(PackKind, Place)| -> Result<bool, RepoError> {
+            Ok(found.0 == kind && self.is_there(kind, &found.1)?)
+        };
+        let index = self.repo.index();
+        let Some(found) = index.find(id)? else {
+            return Ok(None);
+        };
+        if usable(&found)? {
+            return Ok(Some(found.1));
+        }
+        for found in index.find_all(id)? {
+            if usable(&found)? {
+                return Ok(Some(found.1));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether a pack that the index names is there and long enough; each is looked at once.
+    fn is_there(&self, kind: PackKind, place: &Place) -> Result<bool, RepoError> {
+        let key = (kind, place.pack);
+        let known = lock(&self.packs_there).get(&key).copied();
+        let len = match known {
+            Some(len) => len,
+            None => {
+                let len = match self.repo.storage().len(&kind.file_name(&place.pack)) {
+                    Ok(len) => Some(len),
+                    Err(StorageError::Missing { .. }) => None,
+                    Err(other) => return Err(other.into()),
+                };
+                lock(&self.packs_there).insert(key, len);
+                len
+            }
+        };
+        let end = u64::from(place.offset) + u64::from(place.len) + PackTrailer::LEN as u64;
+        Ok(len.is_some_and(|len| end <= len))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+thread_local! {
+    static COMPRESSED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The most entries of a merge of index segments that a commit does by itself; takes a second or two.
+const MERGE_AT_COMMIT: u64 = 4 << 20;

@@ -1,0 +1,279 @@
+//! Disks in memory as the model, and storage that fails at a chosen call.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nbdbackup::repo::{
+    BackupKind, Batcher, ChunkRead, ChunkSize, Compression, DiskRecord, DiskStats, FileInfo,
+    InitOptions, MapRoot, MemoryStorage, NewFile, ReadBuffers, RepoError, Repository, Run, Session,
+    SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage, StorageError,
+};
+
+pub(crate) const CHUNK: usize = 64 << 10;
+
+/// A generator of numbers that are the same in each run.
+pub(crate) struct Rng(pub(crate) u64);
+
+impl Rng {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    /// Fills bytes: some shrink, some do not.
+    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
+        let noise = self.below(2) == 0;
+        let mask = if noise {
+            u64::MAX
+        } else {
+            0x0f0f_0000_0000_0f0f
+        };
+        for piece in bytes.chunks_mut(8) {
+            let word = (self.next() & mask).to_le_bytes();
+            piece.copy_from_slice(&word[..piece.len()]);
+        }
+    }
+}
+
+pub(crate) fn options() -> InitOptions {
+    InitOptions {
+        chunk_size: ChunkSize::new(CHUNK as u32).unwrap(),
+        compression: Compression::default(),
+    }
+}
+
+/// Packs of few chunks, so that small tests have many.
+pub(crate) fn small_session() -> SessionOptions {
+    SessionOptions {
+        pack_bytes: 200 << 10,
+        ..SessionOptions::default()
+    }
+}
+
+pub(crate) fn new_repo() -> (MemoryStorage, Arc<Repository>) {
+    let storage = MemoryStorage::new();
+    let repo = Repository::init(Arc::new(storage.clone()), &options()).unwrap();
+    (storage, repo)
+}
+
+pub(crate) fn draft(disk: &str, size_bytes: u64, root: MapRoot) -> SnapshotDraft {
+    SnapshotDraft {
+        name: "machine".to_owned(),
+        tool: "test".to_owned(),
+        complete: true,
+        disks: vec![DiskRecord {
+            disk: disk.to_owned(),
+            size_bytes,
+            root,
+            kind: BackupKind::Full,
+            reason: None,
+            parent: None,
+            bitmap_used: None,
+            bitmaps_started: Vec::new(),
+            source: "memory".to_owned(),
+            stats: DiskStats::default(),
+        }],
+        ..SnapshotDraft::default()
+    }
+}
+
+/// Stores a disk in full, and returns its map and the number of chunks that were new.
+pub(crate) fn store_disk(session: &Session, disk: &[u8]) -> Result<(MapRoot, u64), RepoError> {
+    let mut map = session.map_writer(None, disk.len() as u64)?;
+    let mut new = 0;
+    for (number, chunk) in disk.chunks(CHUNK).enumerate() {
+        let number = number as u64;
+        let stored = session.store_chunk(chunk)?;
+        new += u64::from(stored.is_new);
+        match stored.entry {
+            Some(entry) => map.put(number, entry)?,
+            None => map.zero(number..number + 1)?,
+        }
+    }
+    Ok((map.finish()?, new))
+}
+
+/// Backs a disk up in full.
+pub(crate) fn backup(repo: &Arc<Repository>, disk: &[u8]) -> Result<Snapshot, RepoError> {
+    let session = repo.begin(&small_session())?;
+    let (root, _) = store_disk(&session, disk)?;
+    session.commit(draft("disk", disk.len() as u64, root))
+}
+
+/// Reads the first disk of a snapshot, in batches.
+pub(crate) fn restore(repo: &Repository, id: &SnapshotId) -> Result<Vec<u8>, RepoError> {
+    let snapshot = repo.snapshot(id)?;
+    restore_disk(repo, &snapshot.draft.disks[0])
+}
+
+pub(crate) fn restore_disk(repo: &Repository, record: &DiskRecord) -> Result<Vec<u8>, RepoError> {
+    let mut disk = vec![0; record.size_bytes as usize];
+    let map = repo.map(&record.root, record.size_bytes)?;
+    let (mut batcher, mut batches) = (Batcher::default(), Vec::new());
+    let mut at = 0;
+    for run in map.runs(0..u64::MAX) {
+        match run? {
+            Run::Hole { chunks } => {
+                assert_eq!(chunks.start, at, "runs leave no gap");
+                at = chunks.end;
+            }
+            Run::Chunk { number, entry } => {
+                assert_eq!(number, at, "runs leave no gap");
+                at += 1;
+                let plain_len = repo.chunk_size().chunk_len(number, record.size_bytes);
+                batches.extend(batcher.push(ChunkRead {
+                    number,
+                    entry,
+                    plain_len,
+                }));
+            }
+        }
+    }
+    assert_eq!(at, map.chunks());
+    batches.extend(batcher.finish());
+    let mut buffers = ReadBuffers::default();
+    for batch in batches {
+        repo.read_batch(&batch, &mut buffers, |read, bytes| {
+            let start = read.number as usize * CHUNK;
+            disk[start..start + bytes.len()].copy_from_slice(bytes);
+            Ok::<(), RepoError>(())
+        })?;
+    }
+    Ok(disk)
+}
+
+/// A disk of chunks of which some are zeros and some repeat.
+pub(crate) fn some_disk(rng: &mut Rng, len: usize) -> Vec<u8> {
+    let mut disk = vec![0; len];
+    let mut last: Option<Vec<u8>> = None;
+    for chunk in disk.chunks_mut(CHUNK) {
+        match (rng.below(4), &last) {
+            (0, _) => {}
+            (1, Some(old)) if old.len() == chunk.len() => chunk.copy_from_slice(old),
+            _ => {
+                rng.fill(chunk);
+                last = Some(chunk.to_vec());
+            }
+        }
+    }
+    disk
+}
+
+/// What a [`FaultStorage`] does from its chosen call on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The process is dead: nothing works any more.
+    Dead,
+    /// Writing finds no room any more; the rest works.
+    NoRoom,
+    /// This one call fails.
+    Once,
+}
+
+/// Storage that fails at the call of a chosen number, counted from 1.
+#[derive(Clone, Debug)]
+pub(crate) struct FaultStorage {
+    inner: Arc<dyn Storage>,
+    calls: Arc<AtomicU64>,
+    at: u64,
+    fault: Fault,
+}
+
+impl FaultStorage {
+    pub(crate) fn new(inner: Arc<dyn Storage>, at: u64, fault: Fault) -> Self {
+        Self {
+            inner,
+            calls: Arc::default(),
+            at,
+            fault,
+        }
+    }
+
+    pub(crate) fn calls(&self) -> u64 {
+        self.calls.load(Ordering::SeqCst)
+    }
+
+    fn call(&self, name: &str, writes: bool) -> Result<(), StorageError> {
+        let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
+        let kind = match self.fault {
+            Fault::Dead if call >= self.at => std::io::ErrorKind::Other,
+            Fault::NoRoom if call >= self.at && writes => std::io::ErrorKind::StorageFull,
+            Fault::Once if call == self.at => std::io::ErrorKind::Other,
+            _ => return Ok(()),
+        };
+        Err(StorageError::from_io("use", name, kind.into()))
+    }
+}
+
+impl Storage for FaultStorage {
+    fn create(&self) -> Result<Box<dyn NewFile>, StorageError> {
+        self.call("tmp", true)?;
+        Ok(Box::new(FaultFile {
+            inner: self.inner.create()?,
+            storage: self.clone(),
+        }))
+    }
+
+    fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, StorageError> {
+        self.call(name, false)?;
+        self.inner.read(name, limit)
+    }
+
+    fn read_at(&self, name: &str, at: u64, buf: &mut [u8]) -> Result<(), StorageError> {
+        self.call(name, false)?;
+        self.inner.read_at(name, at, buf)
+    }
+
+    fn len(&self, name: &str) -> Result<u64, StorageError> {
+        self.call(name, false)?;
+        self.inner.len(name)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<FileInfo>, StorageError> {
+        self.call(prefix, false)?;
+        self.inner.list(prefix)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), StorageError> {
+        self.call(name, false)?;
+        self.inner.remove(name)
+    }
+
+    fn barrier(&self) -> Result<(), StorageError> {
+        self.call("folders", false)?;
+        self.inner.barrier()
+    }
+
+    fn sweep(&self) -> Result<u64, StorageError> {
+        self.call("tmp", false)?;
+        self.inner.sweep()
+    }
+
+    fn place(&self) -> String {
+        self.inner.place()
+    }
+}
+
+struct FaultFile {
+    inner: Box<dyn NewFile>,
+    storage: FaultStorage,
+}
+
+impl NewFile for FaultFile {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), StorageError> {
+        self.storage.call("tmp", true)?;
+        self.inner.write(bytes)
+    }
+
+    fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        self.storage.call(name, true)?;
+        self.inner.publish(name)
+    }
+}
