@@ -6,7 +6,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Incremental, deduplicated backups of QEMU/KVM disks over NBD dirty bitmaps.
 #[derive(Debug, Parser)]
-#[command(name = "nbdbackup", version, propagate_version = true, max_term_width = 100)]
+#[command(
+    name = "nbdbackup",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -17,7 +22,13 @@ pub(crate) struct Cli {
 #[derive(Debug, Args)]
 pub(crate) struct Global {
     /// The repository: a directory.
-    #[arg(short, long, global = true, env = "NBDBACKUP_REPOSITORY", value_name = "PATH")]
+    #[arg(
+        short,
+        long,
+        global = true,
+        env = "NBDBACKUP_REPOSITORY",
+        value_name = "PATH"
+    )]
     pub(crate) repo: Option<PathBuf>,
     /// Prints one JSON object a line on stdout; the last one is the result or the error.
     #[arg(long, global = true)]
@@ -223,16 +234,24 @@ pub(crate) struct Diff {
 /// Parses a size such as `131072`, `128K`, `128KiB` or `4M`; units are powers of 1024.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let number: u64 = digits.parse().map_err(|_| format!("`{text}` is not a size; try 128KiB"))?;
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| format!("`{text}` is not a size; try 128KiB"))?;
     let shift = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 0,
         "k" | "kib" => 10,
         "m" | "mib" => 20,
         "g" | "gib" => 30,
         "t" | "tib" => 40,
-        unit => return Err(format!("`{unit}` is not a unit of size; use KiB, MiB, GiB or TiB")),
+        unit => {
+            return Err(format!(
+                "`{unit}` is not a unit of size; use KiB, MiB, GiB or TiB"
+            ));
+        }
     };
-    number.checked_mul(1 << shift).ok_or_else(|| format!("`{text}` is too large"))
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("`{text}` is too large"))
 }
 
 fn seconds(text: &str) -> Result<f64, String> {

@@ -20,11 +20,18 @@ pub(super) fn run_id() -> String {
 /// Returns where the repository lies.
 pub(super) fn repository_path(global: &Global) -> Result<PathBuf, EngineError> {
     let usage = |text: &str| EngineError::Usage(text.to_owned());
-    let path =
-        global.repo.clone().ok_or_else(|| usage("no repository: give --repo PATH or set NBDBACKUP_REPOSITORY"))?;
+    let path = global
+        .repo
+        .clone()
+        .ok_or_else(|| usage("no repository: give --repo PATH or set NBDBACKUP_REPOSITORY"))?;
     let text = path.to_string_lossy();
-    if ["s3://", "gs://", "az://"].iter().any(|scheme| text.starts_with(scheme)) {
-        return Err(usage("this version keeps repositories in local directories only"));
+    if ["s3://", "gs://", "az://"]
+        .iter()
+        .any(|scheme| text.starts_with(scheme))
+    {
+        return Err(usage(
+            "this version keeps repositories in local directories only",
+        ));
     }
     Ok(path)
 }
@@ -37,7 +44,9 @@ pub(super) async fn open(global: &Global) -> Result<Catalog, EngineError> {
 /// Reads `none`, `zstd` or `zstd:LEVEL`.
 pub(super) fn compression(text: &str) -> Result<Compression, EngineError> {
     let usage = || {
-        EngineError::Usage(format!("`{text}` is not a compression; use none, zstd or zstd:LEVEL with LEVEL from 1 to 19"))
+        EngineError::Usage(format!(
+            "`{text}` is not a compression; use none, zstd or zstd:LEVEL with LEVEL from 1 to 19"
+        ))
     };
     match text.split_once(':') {
         None if text == "none" => Ok(Compression::None),

@@ -23,7 +23,11 @@ pub fn main() -> ExitCode {
     start_log(&cli);
     let reporter = std::sync::Arc::new(Reporter::new(settings(&cli), config::run_id()));
     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(cli, &reporter)))
-        .unwrap_or_else(|_| Err(Failure::internal("the program panicked; its last words are above")));
+        .unwrap_or_else(|_| {
+            Err(Failure::internal(
+                "the program panicked; its last words are above",
+            ))
+        });
     match outcome {
         Ok(outcome) => {
             reporter.result(&outcome);
@@ -63,12 +67,19 @@ fn no_signals(error: std::io::Error) -> Failure {
 
 /// Reports a command line that clap refused; `--json` may stand anywhere in it.
 fn not_parsed(error: &clap::Error) -> ExitCode {
-    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    ) {
         let _ = error.print();
         return ExitCode::SUCCESS;
     }
     let before_rest = |a: &std::ffi::OsString| a != "--";
-    if std::env::args_os().skip(1).take_while(before_rest).any(|a| a == "--json") {
+    if std::env::args_os()
+        .skip(1)
+        .take_while(before_rest)
+        .any(|a| a == "--json")
+    {
         let text = error.to_string();
         let settings = Settings {
             json: true,
@@ -108,11 +119,15 @@ fn start_log(cli: &Cli) {
         (false, _) => tracing::Level::DEBUG,
     };
     let colours = !cli.global.no_color && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-    let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
+    let log = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_target(false);
     match cli.global.log_format {
         LogFormat::Text => {
             use std::io::IsTerminal;
-            log.with_ansi(colours && std::io::stderr().is_terminal()).init();
+            log.with_ansi(colours && std::io::stderr().is_terminal())
+                .init();
         }
         LogFormat::Json => log.json().init(),
     }

@@ -14,7 +14,10 @@ use super::source::{BitmapState, OpenSource, SourceSpec};
 use super::walk::Contexts;
 use super::workers::{Workers, blocking};
 use super::{EngineError, selector};
-use crate::repo::{BackupKind, Compression, DiskRecord, DiskStats, Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId};
+use crate::repo::{
+    BackupKind, Compression, DiskRecord, DiskStats, Session, SessionOptions, Snapshot,
+    SnapshotDraft, SnapshotId,
+};
 
 /// What a backup is asked to do.
 #[derive(Clone, Debug)]
@@ -107,7 +110,11 @@ impl Run<'_> {
     async fn all(&mut self, opened: &mut Vec<OpenDisk>) -> Result<BackupOutcome, EngineError> {
         let list = self.catalog.snapshots().await?;
         for (file, why) in &list.unreadable {
-            self.warn("snapshot-unreadable", None, format!("{file} cannot be read: {why}"));
+            self.warn(
+                "snapshot-unreadable",
+                None,
+                format!("{file} cannot be read: {why}"),
+            );
         }
         for disk in &self.request.disks {
             let open = self.open(disk, &list.snapshots).await?;
@@ -125,7 +132,11 @@ impl Run<'_> {
         let finished = Utc::now();
         let snapshot = self.commit(session, records, finished).await?;
         Ok(BackupOutcome {
-            asked: if self.request.follow.is_some() { BackupKind::Incremental } else { BackupKind::Full },
+            asked: if self.request.follow.is_some() {
+                BackupKind::Incremental
+            } else {
+                BackupKind::Full
+            },
             repository: self.catalog.path().to_owned(),
             snapshot: snapshot.id.to_string(),
             name: self.request.name.clone(),
@@ -138,7 +149,11 @@ impl Run<'_> {
     }
 
     /// Opens a disk's source and decides, by the chain rule, what it may inherit.
-    async fn open(&mut self, disk: &BackupDisk, snapshots: &[Snapshot]) -> Result<OpenDisk, EngineError> {
+    async fn open(
+        &mut self,
+        disk: &BackupDisk,
+        snapshots: &[Snapshot],
+    ) -> Result<OpenDisk, EngineError> {
         let mut reason = None;
         let mut bitmap_lost = false;
         let mut contexts = vec![ALLOCATION.to_owned()];
@@ -155,7 +170,10 @@ impl Run<'_> {
             }
             bitmap_lost = reason.is_some();
         }
-        let source = disk.source.open(contexts, image_bitmap, self.request.connections).await?;
+        let source = disk
+            .source
+            .open(contexts, image_bitmap, self.request.connections)
+            .await?;
         let export = source.client.export();
         let granted = |context: &str| export.context(context).is_some();
         let size_bytes = export.size_bytes;
@@ -173,7 +191,9 @@ impl Run<'_> {
                 Ok(found) if reason.is_none() && size_bytes < found.disk.size_bytes => {
                     reason = Some(Reason::DiskShrunk);
                 }
-                Ok(found) if reason.is_none() => parent = Some((found.snapshot, found.disk.clone())),
+                Ok(found) if reason.is_none() => {
+                    parent = Some((found.snapshot, found.disk.clone()))
+                }
                 Ok(_) => {}
                 // Without a parent, the bitmap's state would not have helped.
                 Err(why) => reason = Some(why),
@@ -189,9 +209,17 @@ impl Run<'_> {
             bitmap_lost,
         };
         match (&self.request.follow, reason) {
-            (Some(Follow { no_fallback: true, .. }), Some(reason)) => {
+            (
+                Some(Follow {
+                    no_fallback: true, ..
+                }),
+                Some(reason),
+            ) => {
                 open.source.close().await;
-                Err(EngineError::IncrementalImpossible { disk: disk.disk.clone(), reason })
+                Err(EngineError::IncrementalImpossible {
+                    disk: disk.disk.clone(),
+                    reason,
+                })
             }
             (_, Some(reason)) => {
                 let message = format!("reading in full ({reason}): {}", reason.explain());
@@ -220,8 +248,13 @@ impl Run<'_> {
 
     async fn begin(&self) -> Result<Arc<Session>, EngineError> {
         let repository = Arc::clone(self.catalog.repository());
-        let options = SessionOptions { compression: self.request.compression, ..SessionOptions::default() };
-        let session = blocking(move || repository.begin(&options)).await?.map_err(self.catalog.failed())?;
+        let options = SessionOptions {
+            compression: self.request.compression,
+            ..SessionOptions::default()
+        };
+        let session = blocking(move || repository.begin(&options))
+            .await?
+            .map_err(self.catalog.failed())?;
         Ok(Arc::new(session))
     }
 
@@ -238,7 +271,10 @@ impl Run<'_> {
         let task = ReadDisk {
             disk: disk.name.clone(),
             geometry,
-            parent: disk.parent.as_ref().map(|(_, record)| (record.root, record.size_bytes)),
+            parent: disk
+                .parent
+                .as_ref()
+                .map(|(_, record)| (record.root, record.size_bytes)),
             contexts: Contexts {
                 // Without a parent all is read, whatever the bitmap says.
                 dirty: follow
@@ -247,20 +283,41 @@ impl Run<'_> {
                 allocation: export.context(ALLOCATION),
             },
         };
-        let (root, tally) = read_disk(self.catalog, session, &disk.source.client, workers, &*self.observer, task).await?;
+        let (root, tally) = read_disk(
+            self.catalog,
+            session,
+            &disk.source.client,
+            workers,
+            &*self.observer,
+            task,
+        )
+        .await?;
 
-        let Tally { read_bytes, zero_bytes, chunks_new, new_bytes, stored_bytes, .. } = tally;
+        let Tally {
+            read_bytes,
+            zero_bytes,
+            chunks_new,
+            new_bytes,
+            stored_bytes,
+            ..
+        } = tally;
         let incremental = disk.parent.is_some();
         let dirty_bytes = incremental.then_some(tally.dirty_bytes);
         let parent = disk.parent.as_ref().map(|(id, _)| *id);
         let bitmap = follow.map(|f| f.bitmap.clone());
-        let kind = if incremental { BackupKind::Incremental } else { BackupKind::Full };
+        let kind = if incremental {
+            BackupKind::Incremental
+        } else {
+            BackupKind::Full
+        };
         let report = DiskBackup {
             disk: disk.name.clone(),
             kind,
             reason: disk.reason,
             parent: parent.map(|id| id.to_string()),
-            bitmap: bitmap.clone().or_else(|| self.request.starts.first().cloned()),
+            bitmap: bitmap
+                .clone()
+                .or_else(|| self.request.starts.first().cloned()),
             size_bytes: geometry.size_bytes,
             dirty_bytes,
             read_bytes,
@@ -270,8 +327,11 @@ impl Run<'_> {
             new_bytes,
             stored_bytes,
         };
-        let (bitmap_used, bitmaps_lost) =
-            if disk.bitmap_lost { (None, Vec::from_iter(bitmap)) } else { (bitmap, Vec::new()) };
+        let (bitmap_used, bitmaps_lost) = if disk.bitmap_lost {
+            (None, Vec::from_iter(bitmap))
+        } else {
+            (bitmap, Vec::new())
+        };
         let record = DiskRecord {
             disk: disk.name.clone(),
             size_bytes: geometry.size_bytes,
@@ -312,11 +372,17 @@ impl Run<'_> {
             complete: true,
             disks,
         };
-        blocking(move || session.commit(draft)).await?.map_err(self.catalog.failed())
+        blocking(move || session.commit(draft))
+            .await?
+            .map_err(self.catalog.failed())
     }
 
     fn warn(&mut self, code: &'static str, disk: Option<&str>, message: String) {
-        let warning = Warning { code, disk: disk.map(str::to_owned), message };
+        let warning = Warning {
+            code,
+            disk: disk.map(str::to_owned),
+            message,
+        };
         self.observer.observe(Event::Warning(warning.clone()));
         self.warnings.push(warning);
     }

@@ -11,7 +11,8 @@ use super::selector::select;
 use super::workers::blocking;
 use crate::range::{ByteRange, RangeSet};
 use crate::repo::{
-    ChunkSize, Compression, changed, DiskRecord, InitOptions, LocalStorage, RepoError, Repository, Snapshot, SnapshotList,
+    ChunkSize, Compression, DiskRecord, InitOptions, LocalStorage, RepoError, Repository, Snapshot,
+    SnapshotList, changed,
 };
 
 /// An open repository.
@@ -58,13 +59,21 @@ impl Catalog {
         let chunk_size = u32::try_from(chunk_bytes)
             .ok()
             .and_then(ChunkSize::new)
-            .ok_or_else(|| EngineError::Usage("the chunk size is a power of two from 64KiB to 4MiB".to_owned()))?;
+            .ok_or_else(|| {
+                EngineError::Usage("the chunk size is a power of two from 64KiB to 4MiB".to_owned())
+            })?;
         let compression = compression.unwrap_or_default();
         let text = shown(&path);
         let failed = repository(&text);
         blocking(move || {
             let storage = LocalStorage::create(&path)?;
-            Repository::init(Arc::new(storage), &InitOptions { chunk_size, compression })
+            Repository::init(
+                Arc::new(storage),
+                &InitOptions {
+                    chunk_size,
+                    compression,
+                },
+            )
         })
         .await?
         .map(|made| InitOutcome {
@@ -82,14 +91,21 @@ impl Catalog {
     /// When there is none, or it cannot be read.
     pub async fn open(path: PathBuf) -> Result<Self, EngineError> {
         let text = shown(&path);
-        let opened = blocking(move || Repository::open(Arc::new(LocalStorage::open(&path)?))).await?;
+        let opened =
+            blocking(move || Repository::open(Arc::new(LocalStorage::open(&path)?))).await?;
         let repository = opened.map_err(repository(&text))?;
-        Ok(Self { repository, path: text })
+        Ok(Self {
+            repository,
+            path: text,
+        })
     }
 
     /// Takes a repository that is open, wherever it lies; `place` is what messages call it.
     pub fn over(repository: Arc<Repository>, place: &str) -> Self {
-        Self { repository, path: place.to_owned() }
+        Self {
+            repository,
+            path: place.to_owned(),
+        }
     }
 
     /// Where the repository lies, as the user gave it.
@@ -109,13 +125,18 @@ impl Catalog {
 
     /// The chunk size and a disk's size.
     pub(crate) fn geometry(&self, size_bytes: u64) -> Geometry {
-        Geometry { size_bytes, chunk_bytes: u64::from(self.repository.chunk_size().bytes()) }
+        Geometry {
+            size_bytes,
+            chunk_bytes: u64::from(self.repository.chunk_size().bytes()),
+        }
     }
 
     /// Reads all snapshots, oldest first.
     pub(crate) async fn snapshots(&self) -> Result<SnapshotList, EngineError> {
         let repository = Arc::clone(&self.repository);
-        blocking(move || repository.snapshots()).await?.map_err(self.failed())
+        blocking(move || repository.snapshots())
+            .await?
+            .map_err(self.failed())
     }
 
     /// Finds a snapshot by an id's first characters, `latest`, NAME, `NAME@latest` or `NAME@TIME`.
@@ -148,7 +169,10 @@ impl Catalog {
         let mut snapshots = list.snapshots;
         snapshots.retain(|s| {
             filter.name.as_ref().is_none_or(|n| s.draft.name == *n)
-                && filter.disk.as_ref().is_none_or(|d| s.draft.disks.iter().any(|r| r.disk == *d))
+                && filter
+                    .disk
+                    .as_ref()
+                    .is_none_or(|d| s.draft.disks.iter().any(|r| r.disk == *d))
                 && filter.tag.as_ref().is_none_or(|t| s.draft.tags.contains(t))
         });
         if let Some(most) = filter.latest {
@@ -164,15 +188,28 @@ impl Catalog {
                 .collect();
             snapshots.retain(|_| keep.pop().unwrap_or(false));
         }
-        let unreadable = list.unreadable.into_iter().map(|(file, why)| format!("{file}: {why}")).collect();
-        Ok(SnapshotsOutcome { repository: self.path.clone(), snapshots, unreadable })
+        let unreadable = list
+            .unreadable
+            .into_iter()
+            .map(|(file, why)| format!("{file}: {why}"))
+            .collect();
+        Ok(SnapshotsOutcome {
+            repository: self.path.clone(),
+            snapshots,
+            unreadable,
+        })
     }
 
     /// Finds the ranges, rounded out to chunks, in which two snapshots of a disk differ.
     ///
     /// # Errors
     /// When a snapshot or the disk is unknown, or a map cannot be read.
-    pub async fn diff(&self, a: &str, b: &str, disk: Option<&str>) -> Result<DiffOutcome, EngineError> {
+    pub async fn diff(
+        &self,
+        a: &str,
+        b: &str,
+        disk: Option<&str>,
+    ) -> Result<DiffOutcome, EngineError> {
         let (a, b) = (self.find(a).await?, self.find(b).await?);
         let left = disk_of(&a, disk)?.clone();
         let right = disk_of(&b, disk.or(Some(&left.disk)))?.clone();
@@ -189,27 +226,46 @@ impl Catalog {
                 Ok(())
             })?;
             // A disk reads as nothing past its end, which is not the same as zeros.
-            let [short, long] = if sizes_bytes[0] < sizes_bytes[1] { sizes_bytes } else { [sizes_bytes[1], sizes_bytes[0]] };
+            let [short, long] = if sizes_bytes[0] < sizes_bytes[1] {
+                sizes_bytes
+            } else {
+                [sizes_bytes[1], sizes_bytes[0]]
+            };
             ranges.extend(ByteRange::new(short, long));
             Ok(ranges.iter().collect())
         })
         .await?
         .map_err(self.failed())?;
-        Ok(DiffOutcome { a: a.id.to_string(), b: b.id.to_string(), disk: name, sizes_bytes, ranges })
+        Ok(DiffOutcome {
+            a: a.id.to_string(),
+            b: b.id.to_string(),
+            disk: name,
+            sizes_bytes,
+            ranges,
+        })
     }
 }
 
 /// Picks a snapshot's disk: the one named, or the only one.
-pub(crate) fn disk_of<'a>(snapshot: &'a Snapshot, disk: Option<&str>) -> Result<&'a DiskRecord, EngineError> {
+pub(crate) fn disk_of<'a>(
+    snapshot: &'a Snapshot,
+    disk: Option<&str>,
+) -> Result<&'a DiskRecord, EngineError> {
     let unknown = |problem: String| EngineError::DiskUnknown {
         snapshot: snapshot.id.to_string(),
         problem,
-        disks: snapshot.draft.disks.iter().map(|d| d.disk.clone()).collect(),
+        disks: snapshot
+            .draft
+            .disks
+            .iter()
+            .map(|d| d.disk.clone())
+            .collect(),
     };
     match (disk, &snapshot.draft.disks[..]) {
-        (Some(name), disks) => {
-            disks.iter().find(|d| d.disk == name).ok_or_else(|| unknown(format!("has no disk {name}")))
-        }
+        (Some(name), disks) => disks
+            .iter()
+            .find(|d| d.disk == name)
+            .ok_or_else(|| unknown(format!("has no disk {name}"))),
         (None, [one]) => Ok(one),
         (None, _) => Err(unknown("has several disks".to_owned())),
     }

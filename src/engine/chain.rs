@@ -47,7 +47,9 @@ impl Reason {
             Self::BitmapMissing => "the export does not offer the bitmap",
             Self::BitmapInconsistent => "the bitmap was not closed cleanly and must be removed",
             Self::BitmapNotRecording => "the bitmap is disabled and missed writes",
-            Self::ParentMissing => "the asserted parent does not exist, lacks the disk or cannot be read",
+            Self::ParentMissing => {
+                "the asserted parent does not exist, lacks the disk or cannot be read"
+            }
             Self::ParentAmbiguous => "two runs used the bitmap at once and none provably came last",
             Self::DiskShrunk => "the disk is smaller than in its parent",
             Self::NewDisk => "the machine's snapshots do not hold this disk yet",
@@ -70,7 +72,10 @@ pub(crate) struct Parent<'a> {
 
 /// Returns the number that follows those of all snapshots of a disk: what orders them without a clock.
 pub(crate) fn next_generation(snapshots: &[Snapshot], name: &str, disk: &str) -> u64 {
-    of_disk(snapshots, name, disk).map(|p| p.disk.generation).max().map_or(1, |g| g.saturating_add(1))
+    of_disk(snapshots, name, disk)
+        .map(|p| p.disk.generation)
+        .max()
+        .map_or(1, |g| g.saturating_add(1))
 }
 
 /// Finds the parent that the bitmap proves: the latest snapshot of the disk that started or used it.
@@ -86,7 +91,11 @@ pub(crate) fn parent_by_bitmap<'a>(
     bitmap: &str,
 ) -> Result<Parent<'a>, Reason> {
     let touches = |d: &DiskRecord| {
-        d.bitmap_used.as_deref() == Some(bitmap) || d.bitmaps_started.iter().chain(&d.bitmaps_lost).any(|b| b == bitmap)
+        d.bitmap_used.as_deref() == Some(bitmap)
+            || d.bitmaps_started
+                .iter()
+                .chain(&d.bitmaps_lost)
+                .any(|b| b == bitmap)
     };
     let mut latest: Option<Parent<'a>> = None;
     let mut ties = 0;
@@ -118,15 +127,35 @@ pub(crate) fn parent_by_bitmap<'a>(
 ///
 /// # Errors
 /// [`Reason::ParentMissing`] when that snapshot does not hold the disk.
-pub(crate) fn parent_asserted<'a>(asserted: Option<&'a Snapshot>, disk: &str) -> Result<Parent<'a>, Reason> {
+pub(crate) fn parent_asserted<'a>(
+    asserted: Option<&'a Snapshot>,
+    disk: &str,
+) -> Result<Parent<'a>, Reason> {
     let snapshot = asserted.ok_or(Reason::ParentMissing)?;
-    let disk = snapshot.draft.disks.iter().find(|d| d.disk == disk).ok_or(Reason::ParentMissing)?;
-    Ok(Parent { snapshot: snapshot.id, disk })
+    let disk = snapshot
+        .draft
+        .disks
+        .iter()
+        .find(|d| d.disk == disk)
+        .ok_or(Reason::ParentMissing)?;
+    Ok(Parent {
+        snapshot: snapshot.id,
+        disk,
+    })
 }
 
-fn of_disk<'a>(snapshots: &'a [Snapshot], name: &str, disk: &str) -> impl Iterator<Item = Parent<'a>> {
+fn of_disk<'a>(
+    snapshots: &'a [Snapshot],
+    name: &str,
+    disk: &str,
+) -> impl Iterator<Item = Parent<'a>> {
     snapshots
         .iter()
         .filter(move |s| s.draft.name == name)
-        .filter_map(move |s| Some(Parent { snapshot: s.id, disk: s.draft.disks.iter().find(|d| d.disk == disk)? }))
+        .filter_map(move |s| {
+            Some(Parent {
+                snapshot: s.id,
+                disk: s.draft.disks.iter().find(|d| d.disk == disk)?,
+            })
+        })
 }

@@ -7,7 +7,9 @@ use super::catalog::Catalog;
 use super::plan::Geometry;
 use super::{DiskRecord, EngineError, Snapshot};
 use crate::range::ByteRange;
-use crate::repo::{Batcher, ChunkEntry, ChunkRead, MapReader, ReadBatch, ReadBuffers, RepoError, Repository, Run};
+use crate::repo::{
+    Batcher, ChunkEntry, ChunkRead, MapReader, ReadBatch, ReadBuffers, RepoError, Repository, Run,
+};
 
 /// A disk of a snapshot; its calls block.
 #[derive(Clone)]
@@ -27,9 +29,15 @@ pub(super) enum Piece {
 }
 
 impl Disk {
-    pub(super) fn open(catalog: &Catalog, snapshot: &Snapshot, record: &DiskRecord) -> Result<Self, EngineError> {
+    pub(super) fn open(
+        catalog: &Catalog,
+        snapshot: &Snapshot,
+        record: &DiskRecord,
+    ) -> Result<Self, EngineError> {
         let repository = Arc::clone(catalog.repository());
-        let map = repository.map(&record.root, record.size_bytes).map_err(catalog.failed())?;
+        let map = repository
+            .map(&record.root, record.size_bytes)
+            .map_err(catalog.failed())?;
         Ok(Self {
             repository,
             map,
@@ -48,8 +56,13 @@ impl Disk {
     }
 
     /// The runs of some chunks, holes as wide as the map knows them.
-    pub(super) fn runs(&self, chunks: Range<u64>) -> impl Iterator<Item = Result<Run, EngineError>> {
-        self.map.runs(chunks.clone()).map(move |run| run.map_err(|e| self.unrestorable(chunks.clone(), e)))
+    pub(super) fn runs(
+        &self,
+        chunks: Range<u64>,
+    ) -> impl Iterator<Item = Result<Run, EngineError>> {
+        self.map
+            .runs(chunks.clone())
+            .map(move |run| run.map_err(|e| self.unrestorable(chunks.clone(), e)))
     }
 
     /// The whole disk in order, its chunks in batches that one read of a pack brings.
@@ -78,7 +91,11 @@ impl Disk {
                     }
                     Some(Ok(Run::Chunk { number, entry })) => {
                         let plain_len = self.chunk_len(number);
-                        if let Some(batch) = batcher.push(ChunkRead { number, entry, plain_len }) {
+                        if let Some(batch) = batcher.push(ChunkRead {
+                            number,
+                            entry,
+                            plain_len,
+                        }) {
                             return Some(Ok(Piece::Data(batch)));
                         }
                     }
@@ -97,7 +114,11 @@ impl Disk {
         let mut done = 0;
         self.repository
             .read_batch(batch, buffers, |chunk, bytes| {
-                each(self.geometry.bytes(&(chunk.number..chunk.number + 1)), bytes).map_err(Failed::Caller)?;
+                each(
+                    self.geometry.bytes(&(chunk.number..chunk.number + 1)),
+                    bytes,
+                )
+                .map_err(Failed::Caller)?;
                 done += 1;
                 Ok(())
             })
@@ -112,7 +133,11 @@ impl Disk {
     }
 
     /// Reads one chunk.
-    pub(super) fn read_chunk(&self, number: u64, entry: &ChunkEntry) -> Result<Vec<u8>, EngineError> {
+    pub(super) fn read_chunk(
+        &self,
+        number: u64,
+        entry: &ChunkEntry,
+    ) -> Result<Vec<u8>, EngineError> {
         let mut bytes = Vec::new();
         self.repository
             .read_chunk(entry, self.chunk_len(number), &mut bytes)

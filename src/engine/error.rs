@@ -121,7 +121,10 @@ pub enum EngineError {
 /// Makes an error for a repository at `path` out of its cause.
 pub(crate) fn repository(path: &str) -> impl Fn(RepoError) -> EngineError + Clone + Send + use<> {
     let path = path.to_owned();
-    move |cause| EngineError::Repository { path: path.clone(), cause }
+    move |cause| EngineError::Repository {
+        path: path.clone(),
+        cause,
+    }
 }
 
 /// Joins an error and its causes with `: `, once each.
@@ -160,17 +163,21 @@ pub enum RepoFault {
 impl EngineError {
     /// What the repository's part in this failure means; `None` when it has none.
     pub fn repo_fault(&self) -> Option<RepoFault> {
-        let (Self::Repository { cause, .. } | Self::Unrestorable { cause, .. }) = self else { return None };
+        let (Self::Repository { cause, .. } | Self::Unrestorable { cause, .. }) = self else {
+            return None;
+        };
         Some(match cause {
             RepoError::NotARepository { .. } => RepoFault::NotFound,
             RepoError::NotEmpty { .. } => RepoFault::Exists,
-            RepoError::Corrupt { .. } | RepoError::Missing { .. } | RepoError::Lost { .. } => RepoFault::Damaged,
+            RepoError::Corrupt { .. } | RepoError::Missing { .. } | RepoError::Lost { .. } => {
+                RepoFault::Damaged
+            }
             RepoError::Unsupported { .. } => RepoFault::Unsupported,
             RepoError::NoRoom { .. } => RepoFault::NoRoom,
             RepoError::Io { .. } => RepoFault::Refused,
-            RepoError::AlreadyExists { .. } | RepoError::Fenced { .. } | RepoError::NoSuchSnapshot { .. } => {
-                RepoFault::Busy
-            }
+            RepoError::AlreadyExists { .. }
+            | RepoError::Fenced { .. }
+            | RepoError::NoSuchSnapshot { .. } => RepoFault::Busy,
             RepoError::SessionFinished { .. } | RepoError::Misuse { .. } => RepoFault::Internal,
         })
     }

@@ -39,9 +39,16 @@ impl SnapshotExport {
     ///
     /// # Errors
     /// When the disk's record contradicts itself.
-    pub fn new(catalog: &Catalog, snapshot: &Snapshot, record: &DiskRecord) -> Result<Self, EngineError> {
+    pub fn new(
+        catalog: &Catalog,
+        snapshot: &Snapshot,
+        record: &DiskRecord,
+    ) -> Result<Self, EngineError> {
         let disk = Disk::open(catalog, snapshot, record)?;
-        let description = format!("disk {} of snapshot {} of {}", record.disk, snapshot.id, snapshot.draft.name);
+        let description = format!(
+            "disk {} of snapshot {} of {}",
+            record.disk, snapshot.id, snapshot.draft.name
+        );
         Ok(Self::of(disk, description))
     }
 
@@ -54,7 +61,12 @@ impl SnapshotExport {
         let chunk_bytes = disk.geometry().chunk_bytes;
         let items = (CACHE_BYTES / chunk_bytes) as usize;
         let chunks = Arc::new(Cache::with_weighter(items, CACHE_BYTES, ByLength));
-        Self { disk, description, chunks, fault: Arc::default() }
+        Self {
+            disk,
+            description,
+            chunks,
+            fault: Arc::default(),
+        }
     }
 
     /// The first failure that a client was only told of as EIO.
@@ -81,7 +93,9 @@ impl ExportSource for SnapshotExport {
         let chunks = Arc::clone(&self.chunks);
         let fault = Arc::clone(&self.fault);
         async move {
-            let read = blocking(move || read(&disk, &chunks, range, buf)).await.and_then(|read| read);
+            let read = blocking(move || read(&disk, &chunks, range, buf))
+                .await
+                .and_then(|read| read);
             read.map_err(|error| told(error, &fault))
         }
         .boxed()
@@ -96,7 +110,9 @@ impl ExportSource for SnapshotExport {
         let disk = self.disk.clone();
         let fault = Arc::clone(&self.fault);
         async move {
-            let extents = blocking(move || extents(&disk, range, most)).await.and_then(|found| found);
+            let extents = blocking(move || extents(&disk, range, most))
+                .await
+                .and_then(|found| found);
             extents.map_err(|error| told(error, &fault))
         }
         .boxed()
@@ -113,7 +129,9 @@ fn read(
     let mut read = SourceRead::new(buf);
     for run in disk.runs(geometry.chunks_of(range)) {
         let run = run?;
-        let Some(wanted) = bytes_of(&run, geometry).intersect(range) else { continue };
+        let Some(wanted) = bytes_of(&run, geometry).intersect(range) else {
+            continue;
+        };
         match run {
             Run::Hole { .. } => read.push_hole(wanted.len()),
             Run::Chunk { number, entry } => {
@@ -126,7 +144,10 @@ fn read(
                     }
                 };
                 let start = geometry.bytes(&(number..number + 1)).start();
-                let (from, to) = ((wanted.start() - start) as usize, (wanted.end() - start) as usize);
+                let (from, to) = (
+                    (wanted.start() - start) as usize,
+                    (wanted.end() - start) as usize,
+                );
                 read.push_shared(bytes.slice(from..to));
             }
         }
@@ -139,13 +160,20 @@ fn extents(disk: &Disk, range: ByteRange, most: usize) -> Result<Vec<Extent>, En
     let mut extents: Vec<Extent> = Vec::new();
     for run in disk.runs(geometry.chunks_of(range)) {
         let run = run?;
-        let Some(range) = bytes_of(&run, geometry).intersect(range) else { continue };
-        let flags = if matches!(run, Run::Hole { .. }) { HOLE_ZERO } else { 0 };
+        let Some(range) = bytes_of(&run, geometry).intersect(range) else {
+            continue;
+        };
+        let full = extents.len() == most;
+        let flags = if matches!(run, Run::Hole { .. }) {
+            HOLE_ZERO
+        } else {
+            0
+        };
         match extents.last_mut() {
             Some(last) if last.flags == flags => {
                 last.range = ByteRange::new(last.range.start(), range.end()).unwrap_or(last.range);
             }
-            _ if extents.len() == most => break,
+            _ if full => break,
             _ => extents.push(Extent { range, flags }),
         }
     }

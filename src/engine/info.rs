@@ -88,11 +88,21 @@ pub struct BitmapInfo {
 /// When the source cannot be reached or lacks the export, or when the bitmap is not offered.
 pub async fn info(request: &InfoRequest) -> Result<InfoOutcome, EngineError> {
     let source = &request.source;
-    let mut outcome =
-        InfoOutcome { source: source.text().to_owned(), exports: listed(source).await?, maps: None, bitmap: None };
+    let mut outcome = InfoOutcome {
+        source: source.text().to_owned(),
+        exports: listed(source).await?,
+        maps: None,
+        bitmap: None,
+    };
     if outcome.exports.is_empty() || request.map || request.bitmap.is_some() {
-        let context = request.bitmap.as_ref().map(|b| format!("qemu:dirty-bitmap:{b}"));
-        let contexts = [ALLOCATION.to_owned()].into_iter().chain(context.clone()).collect();
+        let context = request
+            .bitmap
+            .as_ref()
+            .map(|b| format!("qemu:dirty-bitmap:{b}"));
+        let contexts = [ALLOCATION.to_owned()]
+            .into_iter()
+            .chain(context.clone())
+            .collect();
         let open = source.open(contexts, request.bitmap.as_deref(), 1).await?;
         let asked = ask(request, &open, context.as_deref(), &mut outcome).await;
         open.close().await;
@@ -103,14 +113,18 @@ pub async fn info(request: &InfoRequest) -> Result<InfoOutcome, EngineError> {
 
 /// Lists a server's exports, or the one that the URI names; nothing where the server does not list it.
 async fn listed(source: &SourceSpec) -> Result<Vec<ExportInfo>, EngineError> {
-    let Place::Nbd(uri) = source.place() else { return Ok(Vec::new()) };
+    let Place::Nbd(uri) = source.place() else {
+        return Ok(Vec::new());
+    };
     let found = match list(uri, &ClientOptions::default()).await {
         Ok(found) => found,
         // Some servers list nothing and yet serve what is named.
         Err(error) if uri.export.is_empty() => return Err(source.unreachable(error)),
         Err(_) => return Ok(Vec::new()),
     };
-    let exports = found.into_iter().filter(|e| uri.export.is_empty() || e.name == uri.export);
+    let exports = found
+        .into_iter()
+        .filter(|e| uri.export.is_empty() || e.name == uri.export);
     Ok(exports
         .filter_map(|e| {
             let details = e.details.ok()?;
@@ -143,13 +157,28 @@ async fn ask(
     if let Some(context) = bitmap_context
         && export.context(context).is_none()
     {
-        return Err(request.source.unreachable(format!("the export does not offer {context}")));
+        return Err(request
+            .source
+            .unreachable(format!("the export does not offer {context}")));
     }
-    let maps = if export.contexts.is_empty() { Vec::new() } else { walk_all(&request.source, &open.client).await? };
+    let maps = if export.contexts.is_empty() {
+        Vec::new()
+    } else {
+        walk_all(&request.source, &open.client).await?
+    };
     if let (Some(name), Some(context)) = (&request.bitmap, bitmap_context) {
-        let extents = maps.iter().filter(|m| m.context == context).flat_map(|m| &m.extents);
-        let dirty_bytes = extents.filter(|(_, flags)| flags & DIRTY != 0).map(|(range, _)| range.len()).sum();
-        outcome.bitmap = Some(BitmapInfo { name: name.clone(), dirty_bytes });
+        let extents = maps
+            .iter()
+            .filter(|m| m.context == context)
+            .flat_map(|m| &m.extents);
+        let dirty_bytes = extents
+            .filter(|(_, flags)| flags & DIRTY != 0)
+            .map(|(range, _)| range.len())
+            .sum();
+        outcome.bitmap = Some(BitmapInfo {
+            name: name.clone(),
+            dirty_bytes,
+        });
     }
     outcome.maps = request.map.then_some(maps);
     Ok(())
@@ -158,18 +187,38 @@ async fn ask(
 /// Walks all contexts that were granted over the whole disk.
 async fn walk_all(source: &SourceSpec, client: &Client) -> Result<Vec<ContextMap>, EngineError> {
     let export = client.export();
-    let mut maps: Vec<ContextMap> =
-        export.contexts.iter().map(|c| ContextMap { context: c.clone(), extents: Vec::new() }).collect();
+    let mut maps: Vec<ContextMap> = export
+        .contexts
+        .iter()
+        .map(|c| ContextMap {
+            context: c.clone(),
+            extents: Vec::new(),
+        })
+        .collect();
     let mut from = 0;
     while let Some(rest) = ByteRange::new(from, export.size_bytes).filter(|r| !r.is_empty()) {
-        let answered = client.block_status(rest).await.map_err(|e| source.unreachable(e))?;
+        let answered = client
+            .block_status(rest)
+            .await
+            .map_err(|e| source.unreachable(e))?;
         for context in answered {
-            let Some(map) = maps.get_mut(context.context) else { continue };
-            context.extents.iter().for_each(|e| map.add(e.range, e.flags));
+            let Some(map) = maps.get_mut(context.context) else {
+                continue;
+            };
+            context
+                .extents
+                .iter()
+                .for_each(|e| map.add(e.range, e.flags));
         }
-        let reached = maps.iter().map(ContextMap::end).min().unwrap_or(export.size_bytes);
+        let reached = maps
+            .iter()
+            .map(ContextMap::end)
+            .min()
+            .unwrap_or(export.size_bytes);
         if reached <= from {
-            return Err(source.unreachable(format!("the server's extents do not advance past {from:#x}")));
+            return Err(source.unreachable(format!(
+                "the server's extents do not advance past {from:#x}"
+            )));
         }
         from = reached;
     }
@@ -204,7 +253,9 @@ impl ContextMap {
 
     /// Adds what lies behind the end, since an answer may repeat what is known.
     fn add(&mut self, range: ByteRange, flags: u64) {
-        let Some(news) = ByteRange::new(self.end(), range.end()).filter(|r| !r.is_empty()) else { return };
+        let Some(news) = ByteRange::new(self.end(), range.end()).filter(|r| !r.is_empty()) else {
+            return;
+        };
         match self.extents.last_mut() {
             Some((last, same)) if *same == flags => {
                 *last = ByteRange::new(last.start(), news.end()).unwrap_or(*last);
@@ -229,7 +280,11 @@ fn described(export: &Export, tls: bool) -> ExportInfo {
 
 impl From<BlockSize> for BlockSizeInfo {
     fn from(size: BlockSize) -> Self {
-        Self { minimum: size.min(), preferred: size.preferred(), maximum: size.max() }
+        Self {
+            minimum: size.min(),
+            preferred: size.preferred(),
+            maximum: size.max(),
+        }
     }
 }
 
@@ -245,9 +300,16 @@ fn flag_names(flags: TransmissionFlags) -> Vec<&'static str> {
         (TransmissionFlags::CAN_MULTI_CONN, "multi-conn"),
         (TransmissionFlags::SEND_CACHE, "cache"),
         (TransmissionFlags::SEND_FAST_ZERO, "fast-zero"),
-        (TransmissionFlags::BLOCK_STATUS_PAYLOAD, "block-status-payload"),
+        (
+            TransmissionFlags::BLOCK_STATUS_PAYLOAD,
+            "block-status-payload",
+        ),
     ];
-    NAMES.iter().filter(|(flag, _)| flags.has(*flag)).map(|(_, name)| *name).collect()
+    NAMES
+        .iter()
+        .filter(|(flag, _)| flags.has(*flag))
+        .map(|(_, name)| *name)
+        .collect()
 }
 
 const ALLOCATION: &str = "base:allocation";

@@ -76,7 +76,11 @@ impl WindowPlan {
     /// With `follows_bitmap` each chunk is clean until [`WindowPlan::dirty`] says otherwise; without, all are dirty.
     pub fn new(geometry: Geometry, bytes: ByteRange, follows_bitmap: bool) -> Self {
         let chunks = geometry.chunks_of(bytes);
-        debug_assert_eq!(geometry.bytes(&chunks), bytes, "window is not cut at chunks");
+        debug_assert_eq!(
+            geometry.bytes(&chunks),
+            bytes,
+            "window is not cut at chunks"
+        );
         let count = (chunks.end - chunks.start) as usize;
         Self {
             geometry,
@@ -222,7 +226,10 @@ mod tests {
     #[test]
     fn clean_chunk_past_the_parents_reach_is_read() {
         let plan = WindowPlan::new(geometry(4 * CHUNK), ByteRange::first(4 * CHUNK), true);
-        assert_eq!(plan.finish(2), [step(0..2, Action::Keep), step(2..4, Action::Read)]);
+        assert_eq!(
+            plan.finish(2),
+            [step(0..2, Action::Keep), step(2..4, Action::Read)]
+        );
     }
 
     #[test]

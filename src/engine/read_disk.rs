@@ -1,6 +1,7 @@
 //! The pipeline of one disk: walk, read, hash and compress, and map, each stage bounded and the order kept.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use futures::{StreamExt, TryStreamExt, stream};
@@ -61,29 +62,50 @@ pub(super) async fn read_disk(
     observer: &dyn Observer,
     task: ReadDisk,
 ) -> Result<(MapRoot, Tally), EngineError> {
-    let ReadDisk { disk, geometry, parent, contexts } = task;
+    let ReadDisk {
+        disk,
+        geometry,
+        parent,
+        contexts,
+    } = task;
     let failed = catalog.failed();
     let parent = parent.as_ref().map(|(root, bytes)| (root, *bytes));
-    let writer = session.map_writer(parent, geometry.size_bytes).map_err(&failed)?;
+    let writer = session
+        .map_writer(parent, geometry.size_bytes)
+        .map_err(&failed)?;
     let inheritable = writer.keepable();
     let (to_map, from_pipeline) = mpsc::channel(QUEUE);
     let mapper = tokio::spawn(blocking(move || build_map(writer, from_pipeline)));
 
-    let reader = Reader { session, client, workers, disk: &disk, geometry, buffers: Buffers::default() };
+    let reader = Reader {
+        session,
+        client,
+        workers,
+        disk: &disk,
+        geometry,
+        buffers: Buffers::default(),
+    };
     let reader = &reader;
     let mut tally = Tally::default();
-    let dirty_bytes = Mutex::new(0_u64);
+    let dirty_bytes = AtomicU64::new(0);
     let jobs = stream::iter(ByteRange::first(geometry.size_bytes).split(WINDOW))
         .map(|window| walk(client, &disk, contexts, geometry, window, inheritable))
         .buffered(WALKS)
         .map_ok(|walked: Walked| {
-            *dirty_bytes.lock().expect("no holder panics") += walked.dirty_bytes;
+            dirty_bytes.fetch_add(walked.dirty_bytes, Relaxed);
             stream::iter(cut(walked.steps, geometry).map(Ok::<Job, EngineError>))
         })
         .try_flatten();
     let failed_store = failed.clone();
-    let mut done = std::pin::pin!(jobs.map_ok(|job| reader.run(job, &failed_store)).try_buffered(DEPTH));
-    let mut progress = Progress { disk: disk.clone(), total_bytes: geometry.size_bytes, ..Progress::default() };
+    let mut done = std::pin::pin!(
+        jobs.map_ok(|job| reader.run(job, &failed_store))
+            .try_buffered(DEPTH)
+    );
+    let mut progress = Progress {
+        disk: disk.clone(),
+        total_bytes: geometry.size_bytes,
+        ..Progress::default()
+    };
     while let Some(piece) = done.try_next().await? {
         let bytes = tally.count(&piece, geometry);
         progress.done_bytes = bytes.end();
@@ -96,9 +118,12 @@ pub(super) async fn read_disk(
     }
     // When the mapper has ended early, it says why below.
     let _ = to_map.send(Done::End).await;
-    let map = mapper.await.map_err(|_| EngineError::WorkerLost)??.map_err(failed)?;
+    let map = mapper
+        .await
+        .map_err(|_| EngineError::WorkerLost)??
+        .map_err(failed)?;
     let map = map.ok_or(EngineError::WorkerLost)?;
-    tally.dirty_bytes = dirty_bytes.into_inner().expect("no holder panics");
+    tally.dirty_bytes = dirty_bytes.load(Relaxed);
     Ok((map, tally))
 }
 
@@ -107,7 +132,11 @@ fn cut(steps: Vec<super::plan::Step>, geometry: Geometry) -> impl Iterator<Item 
     let each = (READ_BYTES / geometry.chunk_bytes).max(1);
     steps.into_iter().flat_map(move |step| {
         let Range { start, end } = step.chunks;
-        let piece = if step.action == Action::Read { each } else { end - start };
+        let piece = if step.action == Action::Read {
+            each
+        } else {
+            end - start
+        };
         let pieces = (end - start).div_ceil(piece);
         (0..pieces).map(move |n| {
             let first = start + n * piece;
@@ -131,19 +160,27 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    async fn run(&self, job: Job, failed: &(impl Fn(RepoError) -> EngineError + Clone)) -> Result<Done, EngineError> {
+    async fn run(
+        &self,
+        job: Job,
+        failed: &(impl Fn(RepoError) -> EngineError + Clone),
+    ) -> Result<Done, EngineError> {
         let chunks = match job {
             Job::Keep(chunks) => return Ok(Done::Keep(chunks)),
             Job::Zero(chunks) => return Ok(Done::Zero(chunks)),
             Job::Read(chunks) => chunks,
         };
         let range = self.geometry.bytes(&chunks);
-        let reply = self.client.read(range, self.buffers.take()).await.map_err(|cause| EngineError::SourceFailed {
-            disk: self.disk.to_owned(),
-            doing: "reading",
-            range,
-            cause: Box::new(cause),
-        })?;
+        let reply = self
+            .client
+            .read(range, self.buffers.take())
+            .await
+            .map_err(|cause| EngineError::SourceFailed {
+                disk: self.disk.to_owned(),
+                doing: "reading",
+                range,
+                cause: Box::new(cause),
+            })?;
         if reply.all_hole {
             self.buffers.put(reply.data);
             return Ok(Done::Zero(chunks));
@@ -154,8 +191,10 @@ impl Reader<'_> {
             .workers
             .run(move || {
                 let data = reply.data;
-                let stored: Result<Vec<StoredChunk>, RepoError> =
-                    data.chunks(chunk_bytes).map(|plain| session.store_chunk(plain)).collect();
+                let stored: Result<Vec<StoredChunk>, RepoError> = data
+                    .chunks(chunk_bytes)
+                    .map(|plain| session.store_chunk(plain))
+                    .collect();
                 (stored, data)
             })
             .await?;
@@ -192,7 +231,10 @@ impl Tally {
 }
 
 /// Writes the map from pieces in the disk's order; `None` when they end too early.
-fn build_map(mut writer: MapWriter, mut pieces: mpsc::Receiver<Done>) -> Result<Option<MapRoot>, RepoError> {
+fn build_map(
+    mut writer: MapWriter,
+    mut pieces: mpsc::Receiver<Done>,
+) -> Result<Option<MapRoot>, RepoError> {
     while let Some(piece) = pieces.blocking_recv() {
         match piece {
             Done::Keep(chunks) => writer.keep(chunks)?,
@@ -217,7 +259,11 @@ struct Buffers(Mutex<Vec<Vec<u8>>>);
 
 impl Buffers {
     fn take(&self) -> Vec<u8> {
-        self.0.lock().expect("no holder panics").pop().unwrap_or_default()
+        self.0
+            .lock()
+            .expect("no holder panics")
+            .pop()
+            .unwrap_or_default()
     }
 
     fn put(&self, buffer: Vec<u8>) {

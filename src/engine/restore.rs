@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 
+use super::EngineError;
 use super::catalog::{Catalog, disk_of};
 use super::disk::{Disk, Piece};
 use super::event::{Event, Observer, Progress};
@@ -14,7 +15,6 @@ use super::outcome::RestoreOutcome;
 use super::serve::private;
 use super::target::{Sink, Target};
 use super::workers::{Workers, blocking};
-use super::EngineError;
 use crate::qemu::convert_from_nbd;
 use crate::range::ByteRange;
 use crate::repo::ReadBuffers;
@@ -51,8 +51,15 @@ pub async fn restore(
         Target::Image(path, format) => to_image(disk, &path, &format, request.overwrite).await?,
         Target::Raw(path) => {
             let overwrite = request.overwrite;
-            blocking(move || to_sink(&disk, Sink::open(&path, size_bytes, overwrite)?, &path.display().to_string(), &*observer))
-                .await??
+            blocking(move || {
+                to_sink(
+                    &disk,
+                    Sink::open(&path, size_bytes, overwrite)?,
+                    &path.display().to_string(),
+                    &*observer,
+                )
+            })
+            .await??
         }
         Target::Stdout => blocking(move || to_sink(&disk, Sink::Stdout, "-", &*observer)).await??,
     };
@@ -69,7 +76,12 @@ pub async fn restore(
 }
 
 /// Writes all pieces to a sink; returns the bytes of data and of zeros.
-fn to_sink(disk: &Disk, sink: Sink, target: &str, observer: &dyn Observer) -> Result<(u64, u64), EngineError> {
+fn to_sink(
+    disk: &Disk,
+    sink: Sink,
+    target: &str,
+    observer: &dyn Observer,
+) -> Result<(u64, u64), EngineError> {
     let written = write_pieces(disk, &sink, target, observer);
     if written.is_err() {
         sink.abandon();
@@ -77,7 +89,12 @@ fn to_sink(disk: &Disk, sink: Sink, target: &str, observer: &dyn Observer) -> Re
     written
 }
 
-fn write_pieces(disk: &Disk, sink: &Sink, target: &str, observer: &dyn Observer) -> Result<(u64, u64), EngineError> {
+fn write_pieces(
+    disk: &Disk,
+    sink: &Sink,
+    target: &str,
+    observer: &dyn Observer,
+) -> Result<(u64, u64), EngineError> {
     let failed = |range: ByteRange| {
         move |cause: io::Error| EngineError::Target {
             path: target.to_owned(),
@@ -102,7 +119,9 @@ fn write_pieces(disk: &Disk, sink: &Sink, target: &str, observer: &dyn Observer)
         let ready = workers.install(|| {
             group
                 .par_iter()
-                .map_init(ReadBuffers::default, |buffers, piece| read_piece(disk, sink, piece, buffers, &failed))
+                .map_init(ReadBuffers::default, |buffers, piece| {
+                    read_piece(disk, sink, piece, buffers, &failed)
+                })
                 .collect::<Result<Vec<Ready>, EngineError>>()
         })?;
         for piece in ready {
@@ -174,7 +193,12 @@ fn read_piece<F: FnOnce(io::Error) -> EngineError>(
 }
 
 /// Lets `qemu-img` copy the disk from an embedded server on a private socket.
-async fn to_image(disk: Disk, path: &Path, format: &str, overwrite: bool) -> Result<(u64, u64), EngineError> {
+async fn to_image(
+    disk: Disk,
+    path: &Path,
+    format: &str,
+    overwrite: bool,
+) -> Result<(u64, u64), EngineError> {
     let target = path.display().to_string();
     if !overwrite && path.symlink_metadata().is_ok() {
         return Err(EngineError::TargetExists(target));

@@ -9,30 +9,45 @@ use crate::repo::Snapshot;
 ///
 /// # Errors
 /// When none, or more than one by its id, is addressed.
-pub(crate) fn select<'a>(snapshots: &'a [Snapshot], words: &str) -> Result<&'a Snapshot, EngineError> {
+pub(crate) fn select<'a>(
+    snapshots: &'a [Snapshot],
+    words: &str,
+) -> Result<&'a Snapshot, EngineError> {
     let not_found = || EngineError::SnapshotNotFound(words.to_owned());
     if words == "latest" {
         return latest(snapshots.iter()).ok_or_else(not_found);
     }
     if words.len() >= LEAST_PREFIX && words.bytes().all(|b| b.is_ascii_hexdigit()) {
         let prefix = words.to_ascii_lowercase();
-        let found: Vec<&Snapshot> = snapshots.iter().filter(|s| s.id.to_string().starts_with(&prefix)).collect();
+        let found: Vec<&Snapshot> = snapshots
+            .iter()
+            .filter(|s| s.id.to_string().starts_with(&prefix))
+            .collect();
         match found[..] {
             [] => {}
             [one] => return Ok(one),
-            _ => return Err(EngineError::SnapshotAmbiguous { selector: words.to_owned(), count: found.len() }),
+            _ => {
+                return Err(EngineError::SnapshotAmbiguous {
+                    selector: words.to_owned(),
+                    count: found.len(),
+                });
+            }
         }
     }
     if let Some(found) = latest(snapshots.iter().filter(|s| s.draft.name == words)) {
         return Ok(found);
     }
-    let Some((name, when)) = words.rsplit_once('@') else { return Err(not_found()) };
+    let Some((name, when)) = words.rsplit_once('@') else {
+        return Err(not_found());
+    };
     let named = snapshots.iter().filter(|s| s.draft.name == name);
     if when == "latest" {
         return latest(named).ok_or_else(not_found);
     }
     let until = time(when).ok_or_else(|| {
-        EngineError::Usage(format!("`{when}` is not a time: use 2026-11-22, or 2026-11-22T02:00:00Z"))
+        EngineError::Usage(format!(
+            "`{when}` is not a time: use 2026-11-22, or 2026-11-22T02:00:00Z"
+        ))
     })?;
     latest(named.filter(|s| s.draft.started_unix_nanos <= until)).ok_or_else(not_found)
 }

@@ -1,8 +1,7 @@
 //! Serving a snapshot's disks over NBD: to anybody at an address, or to one child process.
 
 use std::io;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -52,21 +51,31 @@ pub async fn serve(
     };
     let mut exports: Vec<(String, Arc<dyn ExportSource>)> = Vec::new();
     for record in &records {
-        exports.push((record.disk.clone(), Arc::new(SnapshotExport::new(catalog, &snapshot, record)?)));
+        exports.push((
+            record.disk.clone(),
+            Arc::new(SnapshotExport::new(catalog, &snapshot, record)?),
+        ));
     }
-    let failed = |cause: io::Error| EngineError::Serve { address: request.address.clone(), cause };
-    let server = Server::new(exports, ServerOptions::default()).map_err(|e| failed(io::Error::other(e)))?;
-    let (listener, bound) = bind(&endpoint, request.insecure).await.map_err(failed)?;
+    let failed = |cause: io::Error| EngineError::Serve {
+        address: request.address.clone(),
+        cause,
+    };
+    let server =
+        Server::new(exports, ServerOptions::default()).map_err(|e| failed(io::Error::other(e)))?;
+    let listener = bind(&endpoint, request.insecure).await.map_err(failed)?;
+    let bound = listener.endpoint().map_err(failed)?;
     let served = records.iter().map(|record| ServedExport {
         name: record.disk.clone(),
-        uri: NbdUri { endpoint: bound.clone(), export: record.disk.clone(), tls: None }.to_string(),
+        uri: NbdUri {
+            endpoint: bound.clone(),
+            export: record.disk.clone(),
+            tls: None,
+        }
+        .to_string(),
         size_bytes: record.size_bytes,
     });
     observer.observe(Event::Serving(served.collect()));
     server.serve(listener, ended).await;
-    if let Endpoint::Unix(path) = &bound {
-        let _ = std::fs::remove_file(path);
-    }
     Ok(ServeOutcome {
         repository: catalog.path().to_owned(),
         snapshot: snapshot.id.to_string(),
@@ -88,15 +97,27 @@ pub(super) struct Private {
 pub(super) fn private(disk: Disk) -> io::Result<Private> {
     let folder = tempfile::Builder::new().prefix("nbdbackup-").tempdir()?;
     let path = folder.path().join("nbd");
-    let listener = Listener::Unix(tokio::net::UnixListener::bind(&path)?);
+    let listener = tokio::net::UnixListener::bind(&path)?.into();
     let export = SnapshotExport::of(disk, String::new());
     let fault = export.fault();
     let exports: Vec<(String, Arc<dyn ExportSource>)> = vec![(String::new(), Arc::new(export))];
     let server = Server::new(exports, ServerOptions::default()).map_err(io::Error::other)?;
     let (stop, stopped) = oneshot::channel::<()>();
-    let serving = tokio::spawn(async move { server.serve(listener, async { drop(stopped.await) }).await });
-    let uri = NbdUri { endpoint: Endpoint::Unix(path), export: String::new(), tls: None }.to_string();
-    Ok(Private { uri, stop, serving, fault, _folder: folder })
+    let serving =
+        tokio::spawn(async move { server.serve(listener, async { drop(stopped.await) }).await });
+    let uri = NbdUri {
+        endpoint: Endpoint::Unix(path),
+        export: String::new(),
+        tls: None,
+    }
+    .to_string();
+    Ok(Private {
+        uri,
+        stop,
+        serving,
+        fault,
+        _folder: folder,
+    })
 }
 
 impl Private {
@@ -115,61 +136,54 @@ impl Private {
 /// Reads `unix:PATH`, `HOST:PORT` or an NBD URI.
 fn endpoint(address: &str) -> Result<Endpoint, EngineError> {
     let usage = |problem: &str| EngineError::Usage(format!("address {address}: {problem}"));
+    let unix = |path: &Path| match std::path::absolute(path) {
+        Ok(path) => Ok(Endpoint::Unix(path)),
+        Err(error) => Err(usage(&error.to_string())),
+    };
     if let Some(path) = address.strip_prefix("unix:") {
-        return Ok(Endpoint::Unix(PathBuf::from(path)));
+        return unix(Path::new(path));
     }
     if address.contains("://") {
         let uri: NbdUri = address.parse().map_err(|e| usage(&format!("{e}")))?;
         return match uri {
             NbdUri { tls: Some(_), .. } => Err(usage("this version serves without TLS only")),
-            NbdUri { export, .. } if !export.is_empty() => Err(usage("each export has its disk's name; give none here")),
+            NbdUri { export, .. } if !export.is_empty() => {
+                Err(usage("each export has its disk's name; give none here"))
+            }
+            NbdUri {
+                endpoint: Endpoint::Unix(path),
+                ..
+            } => unix(&path),
             NbdUri { endpoint, .. } => Ok(endpoint),
         };
     }
     let (host, port) = match address.rsplit_once(':') {
-        Some((host, port)) => (host, port.parse().map_err(|_| usage("use unix:PATH or HOST:PORT"))?),
+        Some((host, port)) => (
+            host,
+            port.parse()
+                .map_err(|_| usage("use unix:PATH or HOST:PORT"))?,
+        ),
         None => (address, DEFAULT_PORT),
     };
     let host = host.trim_start_matches('[').trim_end_matches(']');
     if host.is_empty() {
         return Err(usage("name the host; localhost serves this machine only"));
     }
-    Ok(Endpoint::Tcp { host: host.to_owned(), port })
+    Ok(Endpoint::Tcp {
+        host: host.to_owned(),
+        port,
+    })
 }
 
-/// Listens; returns the endpoint with the port that was bound.
-async fn bind(endpoint: &Endpoint, insecure: bool) -> io::Result<(Listener, Endpoint)> {
-    match endpoint {
-        Endpoint::Unix(path) => {
-            let path = std::path::absolute(path)?;
-            Ok((Listener::Unix(bind_unix(&path)?), Endpoint::Unix(path)))
-        }
-        Endpoint::Tcp { host, port } => {
-            let addresses: Vec<SocketAddr> = tokio::net::lookup_host((host.as_str(), *port)).await?.collect();
-            if !insecure && !addresses.iter().all(|a| a.ip().is_loopback()) {
-                return Err(io::Error::other(
-                    "other machines could read the disks without TLS; use localhost, a Unix socket, or --insecure",
-                ));
-            }
-            let listener = tokio::net::TcpListener::bind(&addresses[..]).await?;
-            let port = listener.local_addr()?.port();
-            Ok((Listener::Tcp(listener), Endpoint::Tcp { host: host.clone(), port }))
+/// Listens, where other machines cannot reach or may.
+async fn bind(endpoint: &Endpoint, insecure: bool) -> io::Result<Listener> {
+    if let Endpoint::Tcp { host, port } = endpoint {
+        let mut addresses = tokio::net::lookup_host((host.as_str(), *port)).await?;
+        if !insecure && !addresses.all(|a| a.ip().is_loopback()) {
+            return Err(io::Error::other(
+                "other machines could read the disks without TLS; use localhost, a Unix socket, or --insecure",
+            ));
         }
     }
-}
-
-/// Binds a Unix socket; one that a server left behind, and nobody answers at, is taken over.
-fn bind_unix(path: &Path) -> io::Result<tokio::net::UnixListener> {
-    match tokio::net::UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            let dead = std::os::unix::net::UnixStream::connect(path)
-                .is_err_and(|e| e.kind() == io::ErrorKind::ConnectionRefused);
-            if !dead {
-                return Err(error);
-            }
-            std::fs::remove_file(path)?;
-            tokio::net::UnixListener::bind(path)
-        }
-        other => other,
-    }
+    Listener::bind(endpoint).await
 }

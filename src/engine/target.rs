@@ -28,17 +28,21 @@ impl Target {
     pub fn parse(text: &str, format: &str) -> Result<Self, EngineError> {
         let format = ImageFormat::named(format);
         match (text, format) {
-            ("", _) => Err(EngineError::Usage("--to wants a file, a block device or `-`".to_owned())),
+            ("", _) => Err(EngineError::Usage(
+                "--to wants a file, a block device or `-`".to_owned(),
+            )),
             ("-", ImageFormat::Raw) => Ok(Self::Stdout),
-            ("-", ImageFormat::Qemu(format)) => {
-                Err(EngineError::Usage(format!("a {format} image cannot be written to stdout; name a file")))
-            }
-            (text, _) if text.contains("://") => {
-                Err(EngineError::Usage("this version restores to files, block devices and stdout only".to_owned()))
-            }
+            ("-", ImageFormat::Qemu(format)) => Err(EngineError::Usage(format!(
+                "a {format} image cannot be written to stdout; name a file"
+            ))),
+            (text, _) if text.contains("://") => Err(EngineError::Usage(
+                "this version restores to files, block devices and stdout only".to_owned(),
+            )),
             (text, ImageFormat::Qemu(format)) => Ok(Self::Image(PathBuf::from(text), format)),
             (text, ImageFormat::Raw) if text.to_ascii_lowercase().ends_with(".qcow2") => {
-                Err(EngineError::Usage(format!("{text} would become a raw file: give --format qcow2, or another name")))
+                Err(EngineError::Usage(format!(
+                    "{text} would become a raw file: give --format qcow2, or another name"
+                )))
             }
             (text, ImageFormat::Raw) => Ok(Self::Raw(PathBuf::from(text))),
         }
@@ -59,7 +63,11 @@ pub(super) enum Sink {
     /// Takes each range in order, zeros included.
     Stdout,
     /// Reads as zeros where nothing was written.
-    Sparse { file: File, path: PathBuf, created: bool },
+    Sparse {
+        file: File,
+        path: PathBuf,
+        created: bool,
+    },
     /// Holds old bytes where nothing was written.
     Device { file: File },
 }
@@ -72,12 +80,21 @@ impl Sink {
     pub(super) fn open(path: &Path, size_bytes: u64, overwrite: bool) -> Result<Self, EngineError> {
         let failed = |doing: &str| {
             let (path, doing) = (path.display().to_string(), doing.to_owned());
-            move |cause: io::Error| EngineError::Target { path, doing, cause: cause.into() }
+            move |cause: io::Error| EngineError::Target {
+                path,
+                doing,
+                cause: cause.into(),
+            }
         };
         match OpenOptions::new().write(true).create_new(true).open(path) {
             Ok(file) => {
-                let sink = Self::Sparse { file, path: path.to_owned(), created: true };
-                sink.set_len(size_bytes).map_err(failed("setting the size"))?;
+                let sink = Self::Sparse {
+                    file,
+                    path: path.to_owned(),
+                    created: true,
+                };
+                sink.set_len(size_bytes)
+                    .map_err(failed("setting the size"))?;
                 return Ok(sink);
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && overwrite => {}
@@ -86,11 +103,20 @@ impl Sink {
             }
             Err(error) => return Err(failed("creating the file")(error)),
         }
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed("opening"))?;
-        let kind = file.metadata().map_err(failed("looking at it"))?.file_type();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(failed("opening"))?;
+        let kind = file
+            .metadata()
+            .map_err(failed("looking at it"))?
+            .file_type();
         if kind.is_block_device() {
             use std::io::{Seek, SeekFrom};
-            let room = (&file).seek(SeekFrom::End(0)).map_err(failed("asking its size"))?;
+            let room = (&file)
+                .seek(SeekFrom::End(0))
+                .map_err(failed("asking its size"))?;
             if room < size_bytes {
                 return Err(failed("fitting the disk")(io::Error::other(format!(
                     "the device has {room} bytes, the disk {size_bytes}"
@@ -99,12 +125,19 @@ impl Sink {
             return Ok(Self::Device { file });
         }
         if !kind.is_file() {
-            return Err(failed("opening")(io::Error::other("it is neither a file nor a block device")));
+            return Err(failed("opening")(io::Error::other(
+                "it is neither a file nor a block device",
+            )));
         }
-        let sink = Self::Sparse { file, path: path.to_owned(), created: false };
+        let sink = Self::Sparse {
+            file,
+            path: path.to_owned(),
+            created: false,
+        };
         // Cut to nothing first, so that no old byte shows through a hole.
         sink.set_len(0).map_err(failed("emptying the file"))?;
-        sink.set_len(size_bytes).map_err(failed("setting the size"))?;
+        sink.set_len(size_bytes)
+            .map_err(failed("setting the size"))?;
         Ok(sink)
     }
 
@@ -147,7 +180,9 @@ impl Sink {
 
     fn write_zeros(&self, range: ByteRange) -> io::Result<()> {
         static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-        range.split(ZEROS.len() as u64).try_for_each(|r| self.write(&ZEROS[..r.len() as usize], r.start()))
+        range
+            .split(ZEROS.len() as u64)
+            .try_for_each(|r| self.write(&ZEROS[..r.len() as usize], r.start()))
     }
 
     /// Makes all that was written durable.
@@ -160,10 +195,17 @@ impl Sink {
 
     /// Removes a file that this restore created and did not complete, so that nobody takes it for a disk.
     pub(super) fn abandon(self) {
-        if let Self::Sparse { path, created: true, .. } = self
+        if let Self::Sparse {
+            path,
+            created: true,
+            ..
+        } = self
             && let Err(error) = std::fs::remove_file(&path)
         {
-            tracing::warn!("{} is incomplete and cannot be removed: {error}", path.display());
+            tracing::warn!(
+                "{} is incomplete and cannot be removed: {error}",
+                path.display()
+            );
         }
     }
 }

@@ -42,12 +42,25 @@ pub(crate) async fn walk(
         cause,
     };
     let mut plan = WindowPlan::new(geometry, window, contexts.dirty.is_some());
-    let mut dirty_at = if contexts.dirty.is_some() { window.start() } else { window.end() };
-    let mut zero_at = if contexts.allocation.is_some() { window.start() } else { window.end() };
+    let mut dirty_at = if contexts.dirty.is_some() {
+        window.start()
+    } else {
+        window.end()
+    };
+    let mut zero_at = if contexts.allocation.is_some() {
+        window.start()
+    } else {
+        window.end()
+    };
     loop {
         let from = dirty_at.min(zero_at);
-        let Some(rest) = ByteRange::new(from, window.end()).filter(|r| !r.is_empty()) else { break };
-        let answered = client.block_status(rest).await.map_err(|e| failed(rest, Box::new(e)))?;
+        let Some(rest) = ByteRange::new(from, window.end()).filter(|r| !r.is_empty()) else {
+            break;
+        };
+        let answered = client
+            .block_status(rest)
+            .await
+            .map_err(|e| failed(rest, Box::new(e)))?;
         for context in &answered {
             let (at, bitmap) = if contexts.dirty == Some(context.context) {
                 (&mut dirty_at, true)
@@ -57,7 +70,8 @@ pub(crate) async fn walk(
                 continue;
             };
             for extent in &context.extents {
-                let Some(news) = ByteRange::new(*at, window.end()).and_then(|ahead| extent.range.intersect(ahead))
+                let Some(news) = ByteRange::new(*at, window.end())
+                    .and_then(|ahead| extent.range.intersect(ahead))
                 else {
                     continue;
                 };
@@ -73,7 +87,10 @@ pub(crate) async fn walk(
             return Err(failed(rest, "the server's answer does not advance".into()));
         }
     }
-    Ok(Walked { dirty_bytes: plan.dirty_bytes(), steps: plan.finish(inheritable) })
+    Ok(Walked {
+        dirty_bytes: plan.dirty_bytes(),
+        steps: plan.finish(inheritable),
+    })
 }
 
 /// Bit 0 of `qemu:dirty-bitmap:NAME`.

@@ -9,7 +9,7 @@ use super::EngineError;
 
 /// A handle to the threads; they end with the last handle.
 #[derive(Clone)]
-pub struct Workers {
+pub(crate) struct Workers {
     pool: Arc<rayon::ThreadPool>,
 }
 
@@ -18,18 +18,20 @@ impl Workers {
     ///
     /// # Panics
     /// When the system refuses to start a thread.
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|n| format!("worker-{n}"))
             .build()
             .expect("the system starts threads");
-        Self { pool: Arc::new(pool) }
+        Self {
+            pool: Arc::new(pool),
+        }
     }
 
     /// Runs work that spreads itself over the threads by rayon's iterators, and waits for it.
-    pub fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         self.pool.install(work)
     }
 
@@ -37,7 +39,10 @@ impl Workers {
     ///
     /// # Errors
     /// [`EngineError::WorkerLost`] when the work panicked.
-    pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, EngineError> {
+    pub(crate) async fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, EngineError> {
         let (done, result) = oneshot::channel();
         self.pool.spawn(move || {
             // Nobody listens any more when the run was given up: then the result is not wanted.
@@ -48,6 +53,10 @@ impl Workers {
 }
 
 /// Runs blocking work, such as a call of the repository, beside the async threads.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, EngineError> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| EngineError::WorkerLost)
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, EngineError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| EngineError::WorkerLost)
 }

@@ -33,19 +33,35 @@ impl ImageFormat {
     /// # Errors
     /// When the image cannot be read, or its bytes and its name disagree.
     pub fn detect(path: &Path) -> Result<Self, QemuError> {
-        let image = |source| QemuError::Image { path: path.to_owned(), source };
+        let image = |source| QemuError::Image {
+            path: path.to_owned(),
+            source,
+        };
         let mut head = Vec::new();
-        File::open(path).map_err(image)?.take(HEAD).read_to_end(&mut head).map_err(image)?;
-        let Some((found, endings)) =
-            MAGICS.iter().find(|(_, magic, _)| head.starts_with(magic)).map(|(found, _, endings)| (*found, *endings))
+        File::open(path)
+            .map_err(image)?
+            .take(HEAD)
+            .read_to_end(&mut head)
+            .map_err(image)?;
+        let Some((found, endings)) = MAGICS
+            .iter()
+            .find(|(_, magic, _)| head.starts_with(magic))
+            .map(|(found, _, endings)| (*found, *endings))
         else {
             return Ok(Self::Raw);
         };
-        let ending = path.extension().and_then(|e| e.to_str()).unwrap_or("").to_ascii_lowercase();
+        let ending = path
+            .extension()
+            .and_then(|e| e.to_str())
+            .unwrap_or("")
+            .to_ascii_lowercase();
         if endings.contains(&ending.as_str()) {
             Ok(Self::Qemu(found.to_owned()))
         } else {
-            Err(QemuError::FormatUnclear { path: path.to_owned(), found })
+            Err(QemuError::FormatUnclear {
+                path: path.to_owned(),
+                found,
+            })
         }
     }
 }
@@ -69,18 +85,29 @@ pub async fn bitmaps(path: &Path, format: &str) -> Result<Vec<ImageBitmap>, Qemu
     let program = "qemu-img";
     let done = tokio::process::Command::new(program)
         .args(["info", "--output=json", "-f", format])
-        .arg(absolute(path).map_err(|source| QemuError::Image { path: path.to_owned(), source })?)
+        .arg(absolute(path).map_err(|source| QemuError::Image {
+            path: path.to_owned(),
+            source,
+        })?)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
         .await
         .map_err(|source| QemuError::Start { program, source })?;
     if !done.status.success() {
-        return Err(QemuError::Failed { program, message: super::nbd_process::last_words(&done.stderr) });
+        return Err(QemuError::Failed {
+            program,
+            message: super::nbd_process::last_words(&done.stderr),
+        });
     }
-    let info: serde_json::Value = serde_json::from_slice(&done.stdout)
-        .map_err(|e| QemuError::Failed { program, message: format!("its JSON cannot be read: {e}") })?;
-    let listed = info.pointer("/format-specific/data/bitmaps").and_then(|b| b.as_array());
+    let info: serde_json::Value =
+        serde_json::from_slice(&done.stdout).map_err(|e| QemuError::Failed {
+            program,
+            message: format!("its JSON cannot be read: {e}"),
+        })?;
+    let listed = info
+        .pointer("/format-specific/data/bitmaps")
+        .and_then(|b| b.as_array());
     Ok(listed.into_iter().flatten().filter_map(bitmap).collect())
 }
 
@@ -102,7 +129,10 @@ pub async fn convert_from_nbd(uri: &str, format: &str, target: &Path) -> Result<
     let program = "qemu-img";
     let done = tokio::process::Command::new(program)
         .args(["convert", "-f", "raw", "-O", format, uri])
-        .arg(absolute(target).map_err(|source| QemuError::Image { path: target.to_owned(), source })?)
+        .arg(absolute(target).map_err(|source| QemuError::Image {
+            path: target.to_owned(),
+            source,
+        })?)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
@@ -111,7 +141,10 @@ pub async fn convert_from_nbd(uri: &str, format: &str, target: &Path) -> Result<
     if done.status.success() {
         Ok(())
     } else {
-        Err(QemuError::Failed { program, message: super::nbd_process::last_words(&done.stderr) })
+        Err(QemuError::Failed {
+            program,
+            message: super::nbd_process::last_words(&done.stderr),
+        })
     }
 }
 
@@ -128,10 +161,18 @@ const MAGICS: &[(&str, &[u8], &[&str])] = &[
     ("qed", b"QED\0", &["qed"]),
     ("vmdk", b"KDMV", &["vmdk"]),
     ("vmdk", b"COWD", &["vmdk"]),
-    ("vmdk", b"# Disk DescriptorFile".first_chunk::<16>().unwrap(), &["vmdk"]),
+    (
+        "vmdk",
+        b"# Disk DescriptorFile".first_chunk::<16>().unwrap(),
+        &["vmdk"],
+    ),
     ("vhdx", b"vhdxfile", &["vhdx"]),
     ("vpc", b"conectix", &["vhd", "vpc"]),
-    ("vdi", b"<<< Oracle VM Vi".first_chunk::<16>().unwrap(), &["vdi"]),
+    (
+        "vdi",
+        b"<<< Oracle VM Vi".first_chunk::<16>().unwrap(),
+        &["vdi"],
+    ),
     ("luks", b"LUKS\xba\xbe", &["luks"]),
 ];
 
@@ -155,11 +196,17 @@ mod tests {
 
     #[test]
     fn name_and_magic_that_agree_decide() {
-        assert_eq!(detect("a.QCOW2", b"QFI\xfb\0\0\0\x03").unwrap(), ImageFormat::Qemu("qcow2".to_owned()));
+        assert_eq!(
+            detect("a.QCOW2", b"QFI\xfb\0\0\0\x03").unwrap(),
+            ImageFormat::Qemu("qcow2".to_owned())
+        );
     }
 
     #[test]
     fn raw_disk_with_a_guests_qcow2_header_is_refused() {
-        assert!(matches!(detect("a.img", b"QFI\xfb\0\0\0\x03"), Err(QemuError::FormatUnclear { .. })));
+        assert!(matches!(
+            detect("a.img", b"QFI\xfb\0\0\0\x03"),
+            Err(QemuError::FormatUnclear { .. })
+        ));
     }
 }

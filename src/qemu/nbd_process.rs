@@ -34,18 +34,37 @@ impl QemuNbd {
     ///
     /// # Errors
     /// When the socket cannot be made or the program cannot be started.
-    pub fn start(image: &Path, format: &str, bitmap: Option<&str>, connections: u8) -> Result<Self, QemuError> {
-        let failed = |source| QemuError::Socket { program: PROGRAM, source };
-        let folder = tempfile::Builder::new().prefix("nbdbackup-").tempdir().map_err(failed)?;
+    pub fn start(
+        image: &Path,
+        format: &str,
+        bitmap: Option<&str>,
+        connections: u8,
+    ) -> Result<Self, QemuError> {
+        let failed = |source| QemuError::Socket {
+            program: PROGRAM,
+            source,
+        };
+        let folder = tempfile::Builder::new()
+            .prefix("nbdbackup-")
+            .tempdir()
+            .map_err(failed)?;
         let socket = folder.path().join("nbd");
         let listener: OwnedFd = UnixListener::bind(&socket).map_err(failed)?.into();
-        let image = absolute(image).map_err(|source| QemuError::Image { path: image.to_owned(), source })?;
+        let image = absolute(image).map_err(|source| QemuError::Image {
+            path: image.to_owned(),
+            source,
+        })?;
 
         // Socket activation wants the listener as descriptor 3 and the child's own process id in LISTEN_PID;
         // the shell knows both, since exec keeps its id.
         let mut command = Command::new("/bin/sh");
         command
-            .args(["-c", "exec env LISTEN_PID=$$ LISTEN_FDS=1 \"$@\" 3<&0 </dev/null", "sh", PROGRAM])
+            .args([
+                "-c",
+                "exec env LISTEN_PID=$$ LISTEN_FDS=1 \"$@\" 3<&0 </dev/null",
+                "sh",
+                PROGRAM,
+            ])
             .args(["--read-only", "--format", format, "--export-name="])
             .arg(format!("--shared={connections}"))
             .args(bitmap.map(|b| format!("--bitmap={b}")))
@@ -55,7 +74,10 @@ impl QemuNbd {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        let mut child = command.spawn().map_err(|source| QemuError::Start { program: PROGRAM, source })?;
+        let mut child = command.spawn().map_err(|source| QemuError::Start {
+            program: PROGRAM,
+            source,
+        })?;
 
         let said = Arc::new(Mutex::new(Vec::new()));
         let mut stderr = child.stderr.take().expect("stderr is a pipe");
@@ -69,7 +91,13 @@ impl QemuNbd {
                 words.drain(..excess);
             }
         });
-        Ok(Self { child, socket, said, listener, _folder: folder })
+        Ok(Self {
+            child,
+            socket,
+            said,
+            listener,
+            _folder: folder,
+        })
     }
 
     /// The socket's path; the export's name is empty.
@@ -80,20 +108,29 @@ impl QemuNbd {
     /// Returns why the process ended, if it did; for use when a connection to it failed.
     pub async fn into_failure(mut self) -> Option<QemuError> {
         // The connection's end and the process's are two events: the process that closed its socket is about to end.
-        let ended = tokio::time::timeout(ENDING, self.child.wait()).await.is_ok();
+        let ended = tokio::time::timeout(ENDING, self.child.wait())
+            .await
+            .is_ok();
         if !ended {
             return None;
         }
         let _ = self.listener.await;
         let message = last_words(&self.said.lock().expect("no holder panics"));
-        Some(QemuError::Failed { program: PROGRAM, message })
+        Some(QemuError::Failed {
+            program: PROGRAM,
+            message,
+        })
     }
 }
 
 /// Returns the last of what a program said, as one line.
 pub(super) fn last_words(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty())
+        .collect();
     match lines.len() {
         0 => "it said nothing".to_owned(),
         n => lines[n.saturating_sub(3)..].join("; "),

@@ -57,6 +57,10 @@ pub struct DiskRecord {
     pub bitmap_used: Option<String>,
     /// The dirty bitmaps that were started at this point in time.
     pub bitmaps_started: Vec<String>,
+    /// The dirty bitmaps that were to be used and were missing or useless: a later one of that name is another one.
+    pub bitmaps_lost: Vec<String>,
+    /// One more than that of any snapshot of this disk that the run saw: what orders them without a clock.
+    pub generation: u64,
     /// Where the disk was read from.
     pub source: String,
     /// What reading and storing it came to.

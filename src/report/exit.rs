@@ -33,7 +33,11 @@ impl Failure {
 
     /// A signal ended the run; `number` is 2 for SIGINT and 15 for SIGTERM.
     pub fn signal(number: u8) -> Self {
-        let (code, name) = if number == 2 { ("interrupted", "SIGINT") } else { ("terminated", "SIGTERM") };
+        let (code, name) = if number == 2 {
+            ("interrupted", "SIGINT")
+        } else {
+            ("terminated", "SIGTERM")
+        };
         Self {
             code,
             exit_code: 128 + number,
@@ -63,13 +67,17 @@ impl From<&EngineError> for Failure {
                 "source-unreachable",
                 20,
                 true,
-                Some("check the address, that the server runs, and the export's name with nbdbackup info"),
+                Some(
+                    "check the address, that the server runs, and the export's name with nbdbackup info",
+                ),
             ),
             EngineError::SourceFailed { .. } => (
                 "source-failed",
                 22,
                 true,
-                Some("check the source's disk and log; earlier snapshots and the bitmap are untouched"),
+                Some(
+                    "check the source's disk and log; earlier snapshots and the bitmap are untouched",
+                ),
             ),
             EngineError::IncrementalImpossible { .. } => (
                 "incremental-impossible",
@@ -87,22 +95,40 @@ impl From<&EngineError> for Failure {
                     "repository-damaged",
                     13,
                     false,
-                    Some("other ranges, disks and snapshots may be whole: restore --serve still serves them"),
+                    Some(
+                        "other ranges, disks and snapshots may be whole: restore --serve still serves them",
+                    ),
                 ),
             },
-            EngineError::SnapshotNotFound(_) | EngineError::SnapshotAmbiguous { .. } => {
-                ("snapshot-not-found", 1, false, Some("see nbdbackup snapshots"))
+            EngineError::SnapshotNotFound(_) | EngineError::SnapshotAmbiguous { .. } => (
+                "snapshot-not-found",
+                1,
+                false,
+                Some("see nbdbackup snapshots"),
+            ),
+            EngineError::DiskUnknown { .. } => {
+                ("disk-not-found", 1, false, Some("name one with --disk"))
             }
-            EngineError::DiskUnknown { .. } => ("disk-not-found", 1, false, Some("name one with --disk")),
             EngineError::TargetExists(_) => ("target-exists", 1, false, None),
-            EngineError::Target { cause, .. } if is_full(cause.as_ref()) => {
-                ("no-room", 14, true, Some("free room on the target's file system"))
+            EngineError::Target { cause, .. } if is_full(cause.as_ref()) => (
+                "no-room",
+                14,
+                true,
+                Some("free room on the target's file system"),
+            ),
+            EngineError::Target { .. } => {
+                ("target-failed", 1, false, Some("the target is incomplete"))
             }
-            EngineError::Target { .. } => ("target-failed", 1, false, Some("the target is incomplete")),
             EngineError::Serve { .. } => ("serve-failed", 1, false, None),
             _ => return Self::internal(chain(error)),
         };
-        Self { code, exit_code, message: chain(error), hint, retryable }
+        Self {
+            code,
+            exit_code,
+            message: chain(error),
+            hint,
+            retryable,
+        }
     }
 }
 
@@ -114,16 +140,36 @@ fn repository(fault: RepoFault) -> (&'static str, u8, bool, Option<&'static str>
             false,
             Some("check --repo, or create the repository with nbdbackup init"),
         ),
-        RepoFault::Exists => ("repository-exists", 1, false, Some("choose an empty directory")),
+        RepoFault::Exists => (
+            "repository-exists",
+            1,
+            false,
+            Some("choose an empty directory"),
+        ),
         RepoFault::Damaged => (
             "repository-damaged",
             13,
             false,
             Some("the message names the file; other snapshots may be whole"),
         ),
-        RepoFault::Unsupported => ("repository-unsupported", 1, false, Some("use a newer nbdbackup")),
-        RepoFault::NoRoom => ("no-room", 14, true, Some("free room where the repository lies")),
-        RepoFault::Refused => ("storage-refused", 14, true, Some("check the repository's permissions and its disk")),
+        RepoFault::Unsupported => (
+            "repository-unsupported",
+            1,
+            false,
+            Some("use a newer nbdbackup"),
+        ),
+        RepoFault::NoRoom => (
+            "no-room",
+            14,
+            true,
+            Some("free room where the repository lies"),
+        ),
+        RepoFault::Refused => (
+            "storage-refused",
+            14,
+            true,
+            Some("check the repository's permissions and its disk"),
+        ),
         RepoFault::Busy => ("repository-busy", 11, true, Some("try again")),
         RepoFault::Internal => ("failed", 1, false, None),
     }

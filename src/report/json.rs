@@ -5,8 +5,9 @@ use serde::Serialize;
 
 use super::{Failure, Outcome};
 use crate::engine::{
-    BackupKind, BackupOutcome, ByteRange, ContextMap, DiffOutcome, DiskBackup, DiskRecord, ExportInfo, InfoOutcome, InitOutcome,
-    Progress, RestoreOutcome, ServeOutcome, ServedExport, Snapshot, SnapshotsOutcome, Warning,
+    BackupKind, BackupOutcome, ByteRange, ContextMap, DiffOutcome, DiskBackup, DiskRecord,
+    ExportInfo, InfoOutcome, InitOutcome, Progress, RestoreOutcome, ServeOutcome, ServedExport,
+    Snapshot, SnapshotsOutcome, Warning,
 };
 
 /// The number of the schema; fields are only ever added within one.
@@ -22,7 +23,12 @@ pub(super) fn line(run: &str, body: &Body) -> String {
         time: String,
         run: &'a str,
     }
-    let line = Line { schema: SCHEMA, body, time: time(Utc::now()), run };
+    let line = Line {
+        schema: SCHEMA,
+        body,
+        time: time(Utc::now()),
+        run,
+    };
     let mut text = serde_json::to_string(&line).expect("structs with named fields are JSON");
     text.push('\n');
     text
@@ -69,7 +75,11 @@ pub(super) struct WarningLine {
 
 impl From<&Warning> for WarningLine {
     fn from(w: &Warning) -> Self {
-        Self { code: w.code, disk: w.disk.clone(), message: w.message.clone() }
+        Self {
+            code: w.code,
+            disk: w.disk.clone(),
+            message: w.message.clone(),
+        }
     }
 }
 
@@ -113,7 +123,9 @@ impl From<&[ServedExport]> for ServingLine {
             uri: e.uri.clone(),
             size_bytes: e.size_bytes,
         };
-        Self { exports: exports.iter().map(line).collect() }
+        Self {
+            exports: exports.iter().map(line).collect(),
+        }
     }
 }
 
@@ -147,11 +159,20 @@ impl From<&Outcome> for ResultLine {
             Outcome::Restore(o) => ("restore", Detail::Restore(o.into())),
             Outcome::Serve(o) => ("restore", Detail::Serve(o.into())),
             Outcome::Snapshots(o) => ("snapshots", Detail::Snapshots(o.into())),
-            Outcome::Show(s) => ("show", Detail::Show { snapshot: s.as_ref().into() }),
+            Outcome::Show(s) => (
+                "show",
+                Detail::Show {
+                    snapshot: s.as_ref().into(),
+                },
+            ),
             Outcome::Info(o) => ("info", Detail::Info(o.into())),
             Outcome::Diff(o) => ("diff", Detail::Diff(o.into())),
         };
-        Self { command, status: "ok", detail }
+        Self {
+            command,
+            status: "ok",
+            detail,
+        }
     }
 }
 
@@ -382,11 +403,14 @@ impl From<&InfoOutcome> for InfoResult {
         Self {
             source: o.source.clone(),
             exports: o.exports.iter().map(Into::into).collect(),
-            maps: o.maps.as_ref().map(|maps| maps.iter().map(Into::into).collect()),
-            bitmap: o
-                .bitmap
+            maps: o
+                .maps
                 .as_ref()
-                .map(|b| BitmapResult { name: b.name.clone(), dirty_bytes: b.dirty_bytes }),
+                .map(|maps| maps.iter().map(Into::into).collect()),
+            bitmap: o.bitmap.as_ref().map(|b| BitmapResult {
+                name: b.name.clone(),
+                dirty_bytes: b.dirty_bytes,
+            }),
         }
     }
 }
@@ -455,7 +479,10 @@ impl From<&ContextMap> for MapResult {
             length_bytes: range.len(),
             flags,
         };
-        Self { context: map.context.clone(), extents: map.extents.iter().map(extent).collect() }
+        Self {
+            context: map.context.clone(),
+            extents: map.extents.iter().map(extent).collect(),
+        }
     }
 }
 
@@ -478,7 +505,10 @@ struct RangeResult {
 
 impl From<&DiffOutcome> for DiffResult {
     fn from(o: &DiffOutcome) -> Self {
-        let range = |r: &ByteRange| RangeResult { offset_bytes: r.start(), length_bytes: r.len() };
+        let range = |r: &ByteRange| RangeResult {
+            offset_bytes: r.start(),
+            length_bytes: r.len(),
+        };
         Self {
             a: o.a.clone(),
             b: o.b.clone(),

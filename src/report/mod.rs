@@ -12,8 +12,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use crate::engine::{
-    BackupOutcome, DiffOutcome, Event, InfoOutcome, InitOutcome, Observer, RestoreOutcome, ServeOutcome, Snapshot,
-    SnapshotsOutcome, Warning,
+    BackupOutcome, DiffOutcome, Event, InfoOutcome, InitOutcome, Observer, RestoreOutcome,
+    ServeOutcome, Snapshot, SnapshotsOutcome, Warning,
 };
 use progress::{Bar, Pace};
 
@@ -76,7 +76,11 @@ impl Reporter {
             json_pace: Pace::every(settings.interval),
             line_pace: Pace::every(Duration::from_secs(30)),
         };
-        Self { settings, run, live: Mutex::new(live) }
+        Self {
+            settings,
+            run,
+            live: Mutex::new(live),
+        }
     }
 
     /// Writes the run's last words: what it found or did.
@@ -110,7 +114,11 @@ impl Reporter {
         if self.settings.json {
             self.json_line(&json::Body::Warning(warning.into()));
         }
-        let disk = warning.disk.as_ref().map(|d| format!("disk {d}: ")).unwrap_or_default();
+        let disk = warning
+            .disk
+            .as_ref()
+            .map(|d| format!("disk {d}: "))
+            .unwrap_or_default();
         let line = format!("warning: {disk}{}\n", warning.message);
         let live = self.live.lock().expect("no reporter panics");
         match &live.bar {

@@ -21,7 +21,10 @@ impl Bar {
         .expect("the template is well formed")
         .progress_chars("=> ");
         bar.set_style(style);
-        Self { bar, disk: String::new() }
+        Self {
+            bar,
+            disk: String::new(),
+        }
     }
 
     pub(super) fn show(&mut self, progress: &Progress) {

@@ -7,7 +7,9 @@ use indicatif::HumanBytes;
 
 use super::Outcome;
 use super::json::kind;
-use crate::engine::{BackupOutcome, DiffOutcome, InfoOutcome, Progress, ServedExport, Snapshot, SnapshotsOutcome};
+use crate::engine::{
+    BackupOutcome, DiffOutcome, InfoOutcome, Progress, ServedExport, Snapshot, SnapshotsOutcome,
+};
 
 /// Writes the text of an outcome; writing to a string cannot fail.
 pub(super) fn outcome(out: &mut String, outcome: &Outcome) {
@@ -33,7 +35,12 @@ pub(super) fn outcome(out: &mut String, outcome: &Outcome) {
             o.duration.as_secs_f64()
         ),
         Outcome::Serve(o) => {
-            writeln!(out, "served snapshot {} for {:.0} s", o.snapshot, o.duration.as_secs_f64())
+            writeln!(
+                out,
+                "served snapshot {} for {:.0} s",
+                o.snapshot,
+                o.duration.as_secs_f64()
+            )
         }
         Outcome::Snapshots(o) => snapshots(out, o),
         Outcome::Show(s) => show(out, s),
@@ -56,7 +63,9 @@ pub(super) fn printable(text: &str) -> String {
 }
 
 pub(super) fn progress_line(p: &Progress) -> String {
-    let percent = (p.done_bytes * 100).checked_div(p.total_bytes).unwrap_or(100);
+    let percent = (p.done_bytes * 100)
+        .checked_div(p.total_bytes)
+        .unwrap_or(100);
     format!(
         "disk {}: {percent}% of {}, moved {}, new {}\n",
         printable(&p.disk),
@@ -67,11 +76,20 @@ pub(super) fn progress_line(p: &Progress) -> String {
 }
 
 pub(super) fn serving(exports: &[ServedExport]) -> String {
-    exports.iter().map(|e| format!("{} ({})\n", e.uri, HumanBytes(e.size_bytes))).collect()
+    exports
+        .iter()
+        .map(|e| format!("{} ({})\n", e.uri, HumanBytes(e.size_bytes)))
+        .collect()
 }
 
 fn backup(out: &mut String, o: &BackupOutcome) -> std::fmt::Result {
-    writeln!(out, "snapshot {} of {} in {:.1} s", o.snapshot, printable(&o.name), o.duration.as_secs_f64())?;
+    writeln!(
+        out,
+        "snapshot {} of {} in {:.1} s",
+        o.snapshot,
+        printable(&o.name),
+        o.duration.as_secs_f64()
+    )?;
     for d in &o.disks {
         write!(out, "  {}: {}", printable(&d.disk), kind(d.kind))?;
         if let Some(reason) = d.reason {
@@ -103,13 +121,21 @@ fn snapshots(out: &mut String, o: &SnapshotsOutcome) -> std::fmt::Result {
             .draft
             .disks
             .iter()
-            .map(|d| format!("{} {} {}", printable(&d.disk), HumanBytes(d.size_bytes), kind(d.kind)))
+            .map(|d| {
+                format!(
+                    "{} {} {}",
+                    printable(&d.disk),
+                    HumanBytes(d.size_bytes),
+                    kind(d.kind)
+                )
+            })
             .collect();
         write!(
             out,
             "{}  {}  {}  {}",
             &s.id.to_string()[..12],
-            DateTime::from_timestamp_nanos(s.draft.started_unix_nanos).format("%Y-%m-%d %H:%M:%S UTC"),
+            DateTime::from_timestamp_nanos(s.draft.started_unix_nanos)
+                .format("%Y-%m-%d %H:%M:%S UTC"),
             printable(&s.draft.name),
             disks.join(", ")
         )?;
@@ -127,14 +153,27 @@ fn snapshots(out: &mut String, o: &SnapshotsOutcome) -> std::fmt::Result {
 fn show(out: &mut String, s: &Snapshot) -> std::fmt::Result {
     writeln!(out, "snapshot {}", s.id)?;
     writeln!(out, "name     {}", printable(&s.draft.name))?;
-    writeln!(out, "started  {}", DateTime::from_timestamp_nanos(s.draft.started_unix_nanos).format("%Y-%m-%d %H:%M:%S UTC"))?;
-    writeln!(out, "finished {}", DateTime::from_timestamp_nanos(s.draft.finished_unix_nanos).format("%Y-%m-%d %H:%M:%S UTC"))?;
+    writeln!(
+        out,
+        "started  {}",
+        DateTime::from_timestamp_nanos(s.draft.started_unix_nanos).format("%Y-%m-%d %H:%M:%S UTC")
+    )?;
+    writeln!(
+        out,
+        "finished {}",
+        DateTime::from_timestamp_nanos(s.draft.finished_unix_nanos).format("%Y-%m-%d %H:%M:%S UTC")
+    )?;
     if !s.draft.tags.is_empty() {
         writeln!(out, "tags     {}", printable(&s.draft.tags.join(", ")))?;
     }
     for d in &s.draft.disks {
         writeln!(out, "disk {}", printable(&d.disk))?;
-        writeln!(out, "  size     {} ({} bytes)", HumanBytes(d.size_bytes), d.size_bytes)?;
+        writeln!(
+            out,
+            "  size     {} ({} bytes)",
+            HumanBytes(d.size_bytes),
+            d.size_bytes
+        )?;
         match &d.reason {
             Some(reason) => writeln!(out, "  kind     {} ({reason})", kind(d.kind))?,
             None => writeln!(out, "  kind     {}", kind(d.kind))?,
@@ -146,7 +185,11 @@ fn show(out: &mut String, s: &Snapshot) -> std::fmt::Result {
             writeln!(out, "  bitmap   {}", printable(bitmap))?;
         }
         if !d.bitmaps_started.is_empty() {
-            writeln!(out, "  starts   {}", printable(&d.bitmaps_started.join(", ")))?;
+            writeln!(
+                out,
+                "  starts   {}",
+                printable(&d.bitmaps_started.join(", "))
+            )?;
         }
         writeln!(out, "  source   {}", printable(&d.source))?;
         let st = &d.stats;
@@ -167,16 +210,29 @@ fn show(out: &mut String, s: &Snapshot) -> std::fmt::Result {
 fn info(out: &mut String, o: &InfoOutcome) -> std::fmt::Result {
     for e in &o.exports {
         writeln!(out, "export \"{}\"", printable(&e.name))?;
-        writeln!(out, "  size        {} ({} bytes)", HumanBytes(e.size_bytes), e.size_bytes)?;
+        writeln!(
+            out,
+            "  size        {} ({} bytes)",
+            HumanBytes(e.size_bytes),
+            e.size_bytes
+        )?;
         if let Some(description) = &e.description {
             writeln!(out, "  description {}", printable(description))?;
         }
         writeln!(out, "  flags       {}", e.flags.join(" "))?;
         let b = &e.block_size;
-        writeln!(out, "  block size  {} minimum, {} preferred, {} maximum", b.minimum, b.preferred, b.maximum)?;
+        writeln!(
+            out,
+            "  block size  {} minimum, {} preferred, {} maximum",
+            b.minimum, b.preferred, b.maximum
+        )?;
         writeln!(out, "  contexts    {}", printable(&e.contexts.join(" ")))?;
         if let Some(structured) = e.structured_replies {
-            writeln!(out, "  replies     {}", if structured { "structured" } else { "simple" })?;
+            writeln!(
+                out,
+                "  replies     {}",
+                if structured { "structured" } else { "simple" }
+            )?;
         }
         if e.tls {
             writeln!(out, "  encrypted   by TLS")?;
@@ -185,11 +241,22 @@ fn info(out: &mut String, o: &InfoOutcome) -> std::fmt::Result {
     for map in o.maps.iter().flatten() {
         writeln!(out, "{}", printable(&map.context))?;
         for (range, flags) in &map.extents {
-            writeln!(out, "  {:>16} {:>16} {}", range.start(), range.len(), map.describe(*flags))?;
+            writeln!(
+                out,
+                "  {:>16} {:>16} {}",
+                range.start(),
+                range.len(),
+                map.describe(*flags)
+            )?;
         }
     }
     if let Some(bitmap) = &o.bitmap {
-        writeln!(out, "bitmap {}: {} dirty", printable(&bitmap.name), HumanBytes(bitmap.dirty_bytes))?;
+        writeln!(
+            out,
+            "bitmap {}: {} dirty",
+            printable(&bitmap.name),
+            HumanBytes(bitmap.dirty_bytes)
+        )?;
     }
     Ok(())
 }
@@ -199,5 +266,11 @@ fn diff(out: &mut String, o: &DiffOutcome) -> std::fmt::Result {
         writeln!(out, "{:>16} {:>16}", r.start(), r.len())?;
     }
     let bytes: u64 = o.ranges.iter().map(|r| r.len()).sum();
-    writeln!(out, "disk {}: {} ranges, {} differ", printable(&o.disk), o.ranges.len(), HumanBytes(bytes))
+    writeln!(
+        out,
+        "disk {}: {} ranges, {} differ",
+        printable(&o.disk),
+        o.ranges.len(),
+        HumanBytes(bytes)
+    )
 }

@@ -48,8 +48,12 @@ async fn bitmap_that_was_lost_and_came_back_is_another_one() {
     rig.disk.remove_bitmap("bm0");
     rig.disk.write(CHUNK, b"written while nobody recorded");
     let outcome = rig.backup(Some("bm0"), &[]).await.unwrap();
-    assert_eq!(kind(&outcome), (BackupKind::Full, Some(Reason::BitmapMissing)));
-    rig.disk.write(2 * CHUNK, b"written while nobody recorded, again");
+    assert_eq!(
+        kind(&outcome),
+        (BackupKind::Full, Some(Reason::BitmapMissing))
+    );
+    rig.disk
+        .write(2 * CHUNK, b"written while nobody recorded, again");
     rig.disk.add_bitmap("bm0");
     let outcome = rig.backup(Some("bm0"), &[]).await.unwrap();
     assert_eq!(kind(&outcome), (BackupKind::Full, Some(Reason::NoParent)));
@@ -62,14 +66,42 @@ async fn bitmap_that_was_lost_and_came_back_is_another_one() {
 async fn no_fallback_fails_and_writes_nothing() {
     let rig = rig().await;
     let follow = |parent: Option<&str>| {
-        Some(Follow { bitmap: "bm0".to_owned(), parent: parent.map(str::to_owned), no_fallback: true })
+        Some(Follow {
+            bitmap: "bm0".to_owned(),
+            parent: parent.map(str::to_owned),
+            no_fallback: true,
+        })
     };
     rig.disk.add_bitmap("bm0");
     let error = rig.backup_with(follow(None), &[]).await.unwrap_err();
-    assert!(matches!(error, EngineError::IncrementalImpossible { reason: Reason::NoParent, .. }), "{error}");
-    let error = rig.backup_with(follow(Some("0123")), &[]).await.unwrap_err();
-    assert!(matches!(error, EngineError::IncrementalImpossible { reason: Reason::ParentMissing, .. }), "{error}");
-    assert!(matches!(rig.restore("latest").await, Err(EngineError::SnapshotNotFound(_))));
+    assert!(
+        matches!(
+            error,
+            EngineError::IncrementalImpossible {
+                reason: Reason::NoParent,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let error = rig
+        .backup_with(follow(Some("0123")), &[])
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            EngineError::IncrementalImpossible {
+                reason: Reason::ParentMissing,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(matches!(
+        rig.restore("latest").await,
+        Err(EngineError::SnapshotNotFound(_))
+    ));
 }
 
 #[tokio::test]
@@ -78,8 +110,11 @@ async fn asserted_parent_is_believed() {
     let first = rig.backup(None, &[]).await.unwrap();
     rig.disk.add_bitmap("other");
     rig.disk.write(3 * CHUNK + 5, b"x");
-    let follow =
-        Follow { bitmap: "other".to_owned(), parent: Some(first.snapshot[..8].to_owned()), no_fallback: true };
+    let follow = Follow {
+        bitmap: "other".to_owned(),
+        parent: Some(first.snapshot[..8].to_owned()),
+        no_fallback: true,
+    };
     let outcome = rig.backup_with(Some(follow), &[]).await.unwrap();
     assert_eq!(outcome.disks[0].parent.as_deref(), Some(&*first.snapshot));
     assert_eq!(outcome.disks[0].read_bytes, CHUNK);

@@ -15,15 +15,25 @@ fn each_snapshot_of_random_sequences_restores_identically() {
         let runs: Vec<_> = (0..threads)
             .map(|thread| {
                 scope.spawn(move || {
-                    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                    let runtime = tokio::runtime::Builder::new_current_thread()
+                        .enable_all()
+                        .build()
+                        .unwrap();
                     (thread..SEQUENCES)
                         .step_by(threads as usize)
-                        .filter_map(|seed| runtime.block_on(sequence(seed)).err().map(|e| format!("seed {seed}: {e}")))
+                        .filter_map(|seed| {
+                            runtime
+                                .block_on(sequence(seed))
+                                .err()
+                                .map(|e| format!("seed {seed}: {e}"))
+                        })
                         .collect::<Vec<_>>()
                 })
             })
             .collect();
-        runs.into_iter().flat_map(|run| run.join().unwrap()).collect()
+        runs.into_iter()
+            .flat_map(|run| run.join().unwrap())
+            .collect()
     });
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
@@ -35,7 +45,10 @@ async fn sequence(seed: u64) -> Result<(), String> {
     let clears = rng.below(2) == 0;
     let mut reference: Vec<(String, Vec<u8>)> = Vec::new();
     rig.disk.add_bitmap("bm0");
-    let first = rig.backup(None, &["bm0"]).await.map_err(|e| e.to_string())?;
+    let first = rig
+        .backup(None, &["bm0"])
+        .await
+        .map_err(|e| e.to_string())?;
     reference.push((first.snapshot, rig.disk.bytes()));
     let mut parent_size = rig.disk.bytes().len();
 
@@ -61,7 +74,10 @@ async fn sequence(seed: u64) -> Result<(), String> {
             (false, false) => (BackupKind::Incremental, None),
         };
         if (disk.kind, disk.reason) != expected {
-            return Err(format!("{:?} {:?} and not {expected:?}", disk.kind, disk.reason));
+            return Err(format!(
+                "{:?} {:?} and not {expected:?}",
+                disk.kind, disk.reason
+            ));
         }
         if !plain_full {
             parent_size = size;
@@ -72,10 +88,17 @@ async fn sequence(seed: u64) -> Result<(), String> {
         reference.push((outcome.snapshot, rig.disk.bytes()));
     }
     for (snapshot, bytes) in &reference {
-        let restored = rig.restore(snapshot).await.map_err(|e: EngineError| e.to_string())?;
+        let restored = rig
+            .restore(snapshot)
+            .await
+            .map_err(|e: EngineError| e.to_string())?;
         if restored != *bytes {
             let at = restored.iter().zip(bytes).position(|(a, b)| a != b);
-            return Err(format!("snapshot {snapshot} differs at {at:?} ({} and {} bytes)", restored.len(), bytes.len()));
+            return Err(format!(
+                "snapshot {snapshot} differs at {at:?} ({} and {} bytes)",
+                restored.len(),
+                bytes.len()
+            ));
         }
     }
     Ok(())

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nbdbackup::engine::{
-    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, EngineError, Event, Follow, Observer, RestoreRequest,
-    SourceSpec, Target,
+    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, EngineError, Event, Follow, Observer,
+    RestoreRequest, SourceSpec, Target,
 };
 use nbdbackup::nbd::server::{MemoryDisk, Server, ServerOptions};
 use nbdbackup::range::ByteRange;
@@ -35,7 +35,10 @@ impl Rig {
     }
 
     pub fn of_size(size: usize) -> Self {
-        let options = InitOptions { chunk_size: ChunkSize::new(CHUNK as u32).unwrap(), ..InitOptions::default() };
+        let options = InitOptions {
+            chunk_size: ChunkSize::new(CHUNK as u32).unwrap(),
+            ..InitOptions::default()
+        };
         let repository = Repository::init(Arc::new(MemoryStorage::new()), &options).unwrap();
         Self {
             disk: Arc::new(MemoryDisk::new(size as u64)),
@@ -70,25 +73,45 @@ impl Rig {
     }
 
     /// Backs the disk up: in full, or following a bitmap.
-    pub async fn backup(&self, follow: Option<&str>, starts: &[&str]) -> Result<BackupOutcome, EngineError> {
-        let follow =
-            follow.map(|bitmap| Follow { bitmap: bitmap.to_owned(), parent: None, no_fallback: false });
+    pub async fn backup(
+        &self,
+        follow: Option<&str>,
+        starts: &[&str],
+    ) -> Result<BackupOutcome, EngineError> {
+        let follow = follow.map(|bitmap| Follow {
+            bitmap: bitmap.to_owned(),
+            parent: None,
+            no_fallback: false,
+        });
         self.backup_with(follow, starts).await
     }
 
-    pub async fn backup_with(&self, follow: Option<Follow>, starts: &[&str]) -> Result<BackupOutcome, EngineError> {
+    pub async fn backup_with(
+        &self,
+        follow: Option<Follow>,
+        starts: &[&str],
+    ) -> Result<BackupOutcome, EngineError> {
         let socket = self.folder.path().join("nbd");
         let _ = std::fs::remove_file(&socket);
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-        let server = Server::new(vec![("vda".to_owned(), self.disk.clone() as _)], ServerOptions::default());
+        let server = Server::new(
+            vec![("vda".to_owned(), self.disk.clone() as _)],
+            ServerOptions::default(),
+        )
+        .unwrap();
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let serving = tokio::spawn(async move {
-            server.serve(listener, async move { drop(stopped.await) }).await
+            server
+                .serve(listener.into(), async move { drop(stopped.await) })
+                .await
         });
         let uri = format!("nbd+unix:///vda?socket={}", socket.display());
         let request = BackupRequest {
             name: "web1".to_owned(),
-            disks: vec![BackupDisk { disk: "vda".to_owned(), source: SourceSpec::parse(&uri, None).unwrap() }],
+            disks: vec![BackupDisk {
+                disk: "vda".to_owned(),
+                source: SourceSpec::parse(&uri, None).unwrap(),
+            }],
             tags: Vec::new(),
             follow,
             starts: starts.iter().map(|s| (*s).to_owned()).collect(),
@@ -97,7 +120,7 @@ impl Rig {
         };
         let outcome = engine::backup(&self.catalog, request, Arc::new(Silent)).await;
         drop(stop);
-        serving.await.unwrap().unwrap();
+        serving.await.unwrap();
         outcome
     }
 

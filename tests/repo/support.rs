@@ -77,6 +77,8 @@ pub(crate) fn draft(disk: &str, size_bytes: u64, root: MapRoot) -> SnapshotDraft
             parent: None,
             bitmap_used: None,
             bitmaps_started: Vec::new(),
+            bitmaps_lost: Vec::new(),
+            generation: 1,
             source: "memory".to_owned(),
             stats: DiskStats::default(),
         }],

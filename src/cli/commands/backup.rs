@@ -8,7 +8,11 @@ use crate::cli::config;
 use crate::engine::{BackupDisk, BackupRequest, EngineError, Follow, SourceSpec, backup};
 use crate::report::{Outcome, Reporter};
 
-pub(super) async fn full(global: &Global, args: Full, reporter: Arc<Reporter>) -> Result<Outcome, EngineError> {
+pub(super) async fn full(
+    global: &Global,
+    args: Full,
+    reporter: Arc<Reporter>,
+) -> Result<Outcome, EngineError> {
     run(global, args.backup, None, reporter).await
 }
 
@@ -22,7 +26,11 @@ pub(super) async fn incremental(
             "an incremental follows a dirty bitmap: name it with --bitmap; nbdbackup info lists those that exist".into(),
         ));
     };
-    let follow = Follow { bitmap, parent: args.parent, no_fallback: args.no_fallback };
+    let follow = Follow {
+        bitmap,
+        parent: args.parent,
+        no_fallback: args.no_fallback,
+    };
     run(global, args.backup, Some(follow), reporter).await
 }
 
@@ -51,7 +59,9 @@ async fn run(
         compression,
     };
     let catalog = config::open(global).await?;
-    backup(&catalog, request, reporter).await.map(Outcome::Backup)
+    backup(&catalog, request, reporter)
+        .await
+        .map(Outcome::Backup)
 }
 
 /// Names each source's disk: by `--disk` in the order of the sources, else after the export or the file.
@@ -67,9 +77,15 @@ fn disks(args: &Backup) -> Result<Vec<BackupDisk>, EngineError> {
     let mut disks = Vec::new();
     for (at, text) in args.sources.iter().enumerate() {
         let source = SourceSpec::parse(text, args.format.as_deref())?;
-        let disk = args.disk.get(at).cloned().unwrap_or_else(|| source.disk_name());
+        let disk = args
+            .disk
+            .get(at)
+            .cloned()
+            .unwrap_or_else(|| source.disk_name());
         if !seen.insert(disk.clone()) {
-            return Err(EngineError::Usage(format!("two sources are named disk {disk}: tell them apart with --disk")));
+            return Err(EngineError::Usage(format!(
+                "two sources are named disk {disk}: tell them apart with --disk"
+            )));
         }
         disks.push(BackupDisk { disk, source });
     }

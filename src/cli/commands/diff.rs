@@ -6,5 +6,9 @@ use crate::engine::EngineError;
 use crate::report::Outcome;
 
 pub(super) async fn run(global: &Global, args: &Diff) -> Result<Outcome, EngineError> {
-    config::open(global).await?.diff(&args.a, &args.b, args.disk.as_deref()).await.map(Outcome::Diff)
+    config::open(global)
+        .await?
+        .diff(&args.a, &args.b, args.disk.as_deref())
+        .await
+        .map(Outcome::Diff)
 }

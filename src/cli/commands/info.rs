@@ -6,6 +6,10 @@ use crate::report::Outcome;
 
 pub(super) async fn run(args: &Info) -> Result<Outcome, EngineError> {
     let source = SourceSpec::parse(&args.source, args.format.as_deref())?;
-    let request = InfoRequest { source, map: args.map, bitmap: args.bitmap.clone() };
+    let request = InfoRequest {
+        source,
+        map: args.map,
+        bitmap: args.bitmap.clone(),
+    };
     info(&request).await.map(Outcome::Info)
 }

@@ -11,5 +11,11 @@ pub(super) async fn run(global: &Global, args: &Init) -> Result<Outcome, EngineE
         None => None,
     };
     let Encryption::None = args.encryption;
-    Catalog::init(config::repository_path(global)?, args.chunk_size, compression).await.map(Outcome::Init)
+    Catalog::init(
+        config::repository_path(global)?,
+        args.chunk_size,
+        compression,
+    )
+    .await
+    .map(Outcome::Init)
 }

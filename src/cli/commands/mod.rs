@@ -23,7 +23,9 @@ pub(super) async fn run(
     match cli.command {
         // A signal is how serving ends well.
         Command::Restore(args) if args.serve.is_some() => {
-            restore::serve(&cli.global, &args, reporter, ended).await.map_err(|e| Failure::from(&e))
+            restore::serve(&cli.global, &args, reporter, ended)
+                .await
+                .map_err(|e| Failure::from(&e))
         }
         command => tokio::select! {
             outcome = one(&cli.global, command, reporter) => outcome.map_err(|e| Failure::from(&e)),
@@ -32,7 +34,11 @@ pub(super) async fn run(
     }
 }
 
-async fn one(global: &Global, command: Command, reporter: Arc<Reporter>) -> Result<Outcome, EngineError> {
+async fn one(
+    global: &Global,
+    command: Command,
+    reporter: Arc<Reporter>,
+) -> Result<Outcome, EngineError> {
     match command {
         Command::Init(args) => init::run(global, &args).await,
         Command::Full(args) => backup::full(global, args, reporter).await,

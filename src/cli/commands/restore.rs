@@ -21,7 +21,9 @@ pub(super) async fn to_target(
         overwrite: args.force,
     };
     let catalog = config::open(global).await?;
-    engine::restore(&catalog, request, reporter).await.map(Outcome::Restore)
+    engine::restore(&catalog, request, reporter)
+        .await
+        .map(Outcome::Restore)
 }
 
 pub(super) async fn serve(
@@ -40,5 +42,7 @@ pub(super) async fn serve(
     let ended = async {
         ended.await;
     };
-    engine::serve(&catalog, request, reporter, ended).await.map(Outcome::Serve)
+    engine::serve(&catalog, request, reporter, ended)
+        .await
+        .map(Outcome::Serve)
 }

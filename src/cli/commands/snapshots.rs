@@ -12,5 +12,9 @@ pub(super) async fn run(global: &Global, args: &Snapshots) -> Result<Outcome, En
         tag: args.tag.clone(),
         latest: args.latest,
     };
-    config::open(global).await?.list(&filter).await.map(Outcome::Snapshots)
+    config::open(global)
+        .await?
+        .list(&filter)
+        .await
+        .map(Outcome::Snapshots)
 }

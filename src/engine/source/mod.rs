@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 
 use super::{Cause, EngineError};
 use crate::nbd::client::{Client, ClientError, ClientOptions};
-use crate::nbd::server::{Server, ServerOptions};
+use crate::nbd::server::{ExportSource, Server, ServerOptions};
 use crate::nbd::uri::{Endpoint, NbdUri};
 use crate::qemu::{ImageBitmap, ImageFormat, QemuNbd, bitmaps};
 use raw::RawExport;
@@ -24,7 +24,10 @@ pub struct SourceSpec {
 #[derive(Clone, Debug)]
 pub(crate) enum Place {
     Nbd(NbdUri),
-    Image { path: PathBuf, format: Option<String> },
+    Image {
+        path: PathBuf,
+        format: Option<String>,
+    },
 }
 
 /// A source that is open: a client, and what keeps its server alive.
@@ -60,20 +63,32 @@ impl SourceSpec {
         let place = match scheme {
             Some("nbd" | "nbds" | "nbd+unix" | "nbds+unix") => {
                 if format.is_some() {
-                    return Err(usage("--format is for image files; an NBD export is always raw"));
+                    return Err(usage(
+                        "--format is for image files; an NBD export is always raw",
+                    ));
                 }
                 Place::Nbd(text.parse().map_err(|e| usage(&format!("{e}")))?)
             }
             Some("qmp" | "qmp+unix") => {
-                return Err(usage("this version does not manage running QEMUs; export the disk over NBD and name its URI"));
+                return Err(usage(
+                    "this version does not manage running QEMUs; export the disk over NBD and name its URI",
+                ));
             }
             Some(_) => return Err(usage("not a kind of source: use an NBD URI or a path")),
             None if text.starts_with("libvirt:") => {
-                return Err(usage("this version does not manage libvirt; export the disk over NBD and name its URI"));
+                return Err(usage(
+                    "this version does not manage libvirt; export the disk over NBD and name its URI",
+                ));
             }
-            None => Place::Image { path: PathBuf::from(text), format: format.map(str::to_owned) },
+            None => Place::Image {
+                path: PathBuf::from(text),
+                format: format.map(str::to_owned),
+            },
         };
-        Ok(Self { text: text.to_owned(), place })
+        Ok(Self {
+            text: text.to_owned(),
+            place,
+        })
     }
 
     /// The source as the user named it.
@@ -85,9 +100,16 @@ impl SourceSpec {
     pub fn disk_name(&self) -> String {
         let name = match &self.place {
             Place::Nbd(uri) => uri.export.clone(),
-            Place::Image { path, .. } => path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default(),
+            Place::Image { path, .. } => path
+                .file_stem()
+                .map(|s| s.to_string_lossy().into_owned())
+                .unwrap_or_default(),
         };
-        if name.is_empty() { "disk".to_owned() } else { name }
+        if name.is_empty() {
+            "disk".to_owned()
+        } else {
+            name
+        }
     }
 
     pub(crate) fn place(&self) -> &Place {
@@ -95,18 +117,31 @@ impl SourceSpec {
     }
 
     pub(crate) fn unreachable(&self, cause: impl Into<Cause>) -> EngineError {
-        EngineError::SourceUnreachable { name: self.text.clone(), cause: cause.into() }
+        EngineError::SourceUnreachable {
+            name: self.text.clone(),
+            cause: cause.into(),
+        }
     }
 
     /// Says whether a bitmap can be followed, as far as an image tells; an NBD server tells once it is connected.
     pub(crate) async fn bitmap_state(&self, bitmap: &str) -> Result<BitmapState, EngineError> {
-        let Place::Image { path, format } = &self.place else { return Ok(BitmapState::Usable) };
-        let ImageFormat::Qemu(format) = self.format(path, format.as_deref())? else { return Ok(BitmapState::Missing) };
-        let listed = bitmaps(path, &format).await.map_err(|e| self.unreachable(e))?;
+        let Place::Image { path, format } = &self.place else {
+            return Ok(BitmapState::Usable);
+        };
+        let ImageFormat::Qemu(format) = self.format(path, format.as_deref())? else {
+            return Ok(BitmapState::Missing);
+        };
+        let listed = bitmaps(path, &format)
+            .await
+            .map_err(|e| self.unreachable(e))?;
         Ok(match listed.iter().find(|b| b.name == bitmap) {
             None => BitmapState::Missing,
-            Some(ImageBitmap { inconsistent: true, .. }) => BitmapState::Inconsistent,
-            Some(ImageBitmap { recording: false, .. }) => BitmapState::NotRecording,
+            Some(ImageBitmap {
+                inconsistent: true, ..
+            }) => BitmapState::Inconsistent,
+            Some(ImageBitmap {
+                recording: false, ..
+            }) => BitmapState::NotRecording,
             Some(_) => BitmapState::Usable,
         })
     }
@@ -118,20 +153,37 @@ impl SourceSpec {
         bitmap: Option<&str>,
         connections: u8,
     ) -> Result<OpenSource, EngineError> {
-        let options = ClientOptions { connections: usize::from(connections), contexts, ..ClientOptions::default() };
+        let options = ClientOptions {
+            connections: usize::from(connections),
+            contexts,
+            ..ClientOptions::default()
+        };
         match &self.place {
             Place::Nbd(uri) => {
-                let client = Client::connect(uri, &options).await.map_err(|e| self.unreachable(e))?;
-                Ok(OpenSource { client, keeper: Keeper::Elsewhere })
+                let client = Client::connect(uri, &options)
+                    .await
+                    .map_err(|e| self.unreachable(e))?;
+                Ok(OpenSource {
+                    client,
+                    keeper: Keeper::Elsewhere,
+                })
             }
             Place::Image { path, format } => match self.format(path, format.as_deref())? {
                 ImageFormat::Raw => self.open_raw(path, &options).await,
                 ImageFormat::Qemu(format) => {
-                    let process = QemuNbd::start(path, &format, bitmap, connections).map_err(|e| self.unreachable(e))?;
+                    let process = QemuNbd::start(path, &format, bitmap, connections)
+                        .map_err(|e| self.unreachable(e))?;
                     let endpoint = Endpoint::Unix(process.socket().to_owned());
-                    let uri = NbdUri { endpoint, export: String::new(), tls: None };
+                    let uri = NbdUri {
+                        endpoint,
+                        export: String::new(),
+                        tls: None,
+                    };
                     match Client::connect(&uri, &options).await {
-                        Ok(client) => Ok(OpenSource { client, keeper: Keeper::Process(process) }),
+                        Ok(client) => Ok(OpenSource {
+                            client,
+                            keeper: Keeper::Process(process),
+                        }),
                         Err(error) => Err(self.refused(process, error).await),
                     }
                 }
@@ -140,16 +192,27 @@ impl SourceSpec {
     }
 
     /// Serves a raw file from within this process: the client then finds its holes as with any server.
-    async fn open_raw(&self, path: &Path, options: &ClientOptions) -> Result<OpenSource, EngineError> {
+    async fn open_raw(
+        &self,
+        path: &Path,
+        options: &ClientOptions,
+    ) -> Result<OpenSource, EngineError> {
         let export = RawExport::open(path).map_err(|e| self.unreachable(e))?;
-        let server = Server::new(vec![(String::new(), Arc::new(export) as _)], ServerOptions::default());
+        let exports: Vec<(String, Arc<dyn ExportSource>)> = vec![(String::new(), Arc::new(export))];
+        let server =
+            Server::new(exports, ServerOptions::default()).map_err(|e| self.unreachable(e))?;
         let (ours, theirs) = tokio::net::UnixStream::pair().map_err(|e| self.unreachable(e))?;
         let task = tokio::spawn(async move {
             // Its client is the only one, and says on its own side what went wrong.
             let _ = server.serve_stream(theirs).await;
         });
-        let client = Client::over(ours, "", options).await.map_err(|e| self.unreachable(e))?;
-        Ok(OpenSource { client, keeper: Keeper::Embedded(task) })
+        let client = Client::over(ours, "", options)
+            .await
+            .map_err(|e| self.unreachable(e))?;
+        Ok(OpenSource {
+            client,
+            keeper: Keeper::Embedded(task),
+        })
     }
 
     fn format(&self, path: &Path, named: Option<&str>) -> Result<ImageFormat, EngineError> {

@@ -29,7 +29,10 @@ impl RawExport {
         }
         // A block device has no length in its metadata, but an end.
         let size_bytes = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file: Arc::new(file), size_bytes })
+        Ok(Self {
+            file: Arc::new(file),
+            size_bytes,
+        })
     }
 }
 
@@ -42,7 +45,11 @@ impl ExportSource for RawExport {
         vec!["base:allocation".to_owned()]
     }
 
-    fn read(&self, range: ByteRange, mut buf: Vec<u8>) -> BoxFuture<'_, Result<SourceRead, NbdError>> {
+    fn read(
+        &self,
+        range: ByteRange,
+        mut buf: Vec<u8>,
+    ) -> BoxFuture<'_, Result<SourceRead, NbdError>> {
         let file = Arc::clone(&self.file);
         blocking(move || {
             buf.resize(range.len() as usize, 0);

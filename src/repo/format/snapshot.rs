@@ -135,6 +135,10 @@ fn encode_disk(disk: &DiskRecord) -> Result<Vec<u8>, RepoError> {
     for bitmap in &disk.bitmaps_started {
         tlv.put(DISK_BITMAP_STARTED, bitmap.as_bytes())?;
     }
+    for bitmap in &disk.bitmaps_lost {
+        tlv.put(DISK_BITMAP_LOST, bitmap.as_bytes())?;
+    }
+    tlv.put(DISK_GENERATION, &disk.generation.to_le_bytes())?;
     tlv.put(DISK_SOURCE, disk.source.as_bytes())?;
     let stats = &disk.stats;
     let mut bytes = Vec::new();
@@ -156,7 +160,8 @@ fn encode_disk(disk: &DiskRecord) -> Result<Vec<u8>, RepoError> {
 fn decode_disk(disk: &Tlv<'_>, chunk_size: ChunkSize) -> Result<DiskRecord, DecodeError> {
     let (mut name, mut size, mut root, mut kind) = (None, None, None, None);
     let (mut reason, mut parent, mut used, mut source) = (None, None, None, None);
-    let (mut started, mut stats) = (Vec::new(), None);
+    let (mut started, mut lost) = (Vec::new(), Vec::new());
+    let (mut generation, mut stats) = (None, None);
     for tlv in read_tlvs(disk.value, disk.at) {
         let tlv = tlv?;
         match tlv.tag {
@@ -178,6 +183,8 @@ fn decode_disk(disk: &Tlv<'_>, chunk_size: ChunkSize) -> Result<DiskRecord, Deco
             DISK_PARENT => once(&mut parent, tlv.array("parent")?, &tlv)?,
             DISK_BITMAP_USED => once(&mut used, tlv.text("bitmap")?, &tlv)?,
             DISK_BITMAP_STARTED => started.push(tlv.text("bitmap")?),
+            DISK_BITMAP_LOST => lost.push(tlv.text("bitmap")?),
+            DISK_GENERATION => once(&mut generation, tlv.u64("generation")?, &tlv)?,
             DISK_SOURCE => once(&mut source, tlv.text("source")?, &tlv)?,
             DISK_STATS => once(&mut stats, decode_stats(&tlv)?, &tlv)?,
             _ => {}
@@ -203,6 +210,8 @@ fn decode_disk(disk: &Tlv<'_>, chunk_size: ChunkSize) -> Result<DiskRecord, Deco
         parent: parent.map(SnapshotId::from_bytes),
         bitmap_used: used,
         bitmaps_started: started,
+        bitmaps_lost: lost,
+        generation: required(generation, disk.at, "generation")?,
         source: required(source, disk.at, "source")?,
         stats: required(stats, disk.at, "statistics")?,
     })
@@ -287,6 +296,8 @@ const DISK_BITMAP_USED: u16 = 7;
 const DISK_BITMAP_STARTED: u16 = 8;
 const DISK_SOURCE: u16 = 9;
 const DISK_STATS: u16 = 10;
+const DISK_BITMAP_LOST: u16 = 11;
+const DISK_GENERATION: u16 = 12;
 
 const KIND_FULL: u8 = 0;
 const KIND_INCREMENTAL: u8 = 1;
@@ -317,6 +328,8 @@ mod tests {
             reason: Some("asked for".into()),
             parent: Some(SnapshotId::from_bytes([6; 16])),
             bitmap_used: Some("b0".into()),
+            bitmaps_lost: vec!["bm2".to_owned()],
+            generation: 3,
             bitmaps_started: vec!["b1".into(), "b2".into()],
             source: "nbd://host/vda".into(),
             stats: DiskStats {
