@@ -20,6 +20,7 @@ const EXPORTED: &str = "backup-vda";
 struct Daemon {
     process: Process,
     socket: String,
+    events: Vec<String>,
 }
 
 impl Daemon {
@@ -48,18 +49,31 @@ impl Daemon {
         let mut daemon = Self {
             process: Process::start(command),
             socket,
+            events: Vec::new(),
         };
         assert!(daemon.next()["QMP"].is_object());
         daemon.run("qmp_capabilities", json!({}));
         daemon
     }
 
+    /// The next message; an event's name is kept.
     fn next(&mut self) -> Value {
         let line = self.process.next_line().expect("the storage daemon ended");
-        serde_json::from_slice(&line).unwrap()
+        let message: Value = serde_json::from_slice(&line).unwrap();
+        self.events
+            .extend(message["event"].as_str().map(str::to_owned));
+        message
     }
 
-    /// Runs a command to its return; events that come in between are of no interest.
+    /// Waits for an event, which may have come while a command ran, and forgets those before it.
+    fn wait_for(&mut self, event: &str) {
+        while !self.events.iter().any(|e| e == event) {
+            self.next();
+        }
+        self.events.clear();
+    }
+
+    /// Runs a command to its return.
     fn run(&mut self, command: &str, arguments: Value) -> Value {
         let line = json!({ "execute": command, "arguments": arguments }).to_string();
         self.process.write(&(line + "\n"));
@@ -110,12 +124,12 @@ impl Daemon {
     /// Takes the fleecing node away; the old bitmap is given up only by a run that succeeded.
     fn end(&mut self, lab: &Lab, given_up: Option<&str>) {
         self.run("block-export-del", json!({ "id": "vda", "mode": "hard" }));
-        while self.next()["event"] != "BLOCK_EXPORT_DELETED" {}
+        self.wait_for("BLOCK_EXPORT_DELETED");
         self.run(
             "block-job-cancel",
             json!({ "device": "fleece", "force": true }),
         );
-        while self.next()["event"] != "BLOCK_JOB_CANCELLED" {}
+        self.wait_for("BLOCK_JOB_CANCELLED");
         self.run("blockdev-del", json!({ "node-name": "scratch" }));
         std::fs::remove_file(lab.file("scratch.qcow2")).unwrap();
         if let Some(name) = given_up {
