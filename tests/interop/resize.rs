@@ -1,5 +1,8 @@
 //! Disks that grow, shrink, or end inside a chunk or a sector.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
 use serde_json::Value;
 
 use crate::support::disk::{
@@ -8,7 +11,7 @@ use crate::support::disk::{
 use crate::support::lab::Lab;
 use crate::support::process::tool;
 use crate::support::program::{number, text};
-use crate::support::server::{Server, nbdinfo};
+use crate::support::server::{Server, dirty, nbdinfo};
 use crate::support::{CHUNK, KIB, MIB};
 
 /// Resizes an image between a full and an incremental, and returns the incremental's only disk.
@@ -77,6 +80,46 @@ fn disk_grown_from_inside_a_chunk_reads_that_chunk_again() {
 fn disk_grown_within_its_last_chunk_is_right() {
     let disk = incremental_after_resize(16 * MIB + 20 * KIB, 16 * MIB + 80 * KIB, 3);
     assert_eq!(disk["kind"], "incremental", "{disk}");
+}
+
+#[test]
+fn grown_part_is_read_even_where_the_bitmap_calls_it_clean() {
+    // A volume that grows over what an older one left behind: the new part holds data that nobody wrote.
+    let lab = Lab::new();
+    let (from, to) = (16 * MIB + 20 * KIB, 20 * MIB);
+    let (image, data) = (lab.file("vda.qcow2"), lab.file("data.raw"));
+    let options = format!("data_file={data},data_file_raw=on");
+    let create = ["create", "-q", "-f", "qcow2", "-o", &options, &image];
+    tool("qemu-img", &[&create[..], &[&from.to_string()]].concat());
+    scatter(&image, "qcow2", from, 20, 7);
+    add_bitmap(&image, "bm0");
+    let server = lab.serve_qcow2(&image, &["bm0"]);
+    lab.backup("full", server.uri(), &["--bitmap", "bm0"]);
+    drop(server);
+
+    let old = file_len(&data);
+    let file = File::options().write(true).open(&data).unwrap();
+    file.write_all_at(&Random::new(8).bytes((to - old) as usize), old)
+        .unwrap();
+    tool(
+        "qemu-img",
+        &["resize", "-q", "-f", "qcow2", &image, &to.to_string()],
+    );
+    let server = lab.serve_qcow2(&image, &["bm0"]);
+    assert_eq!(
+        dirty(server.uri(), "bm0"),
+        [],
+        "the grown part is dirty, and shows nothing"
+    );
+    let incremental = lab.backup("incremental", server.uri(), &["--bitmap", "bm0"]);
+    drop(server);
+    assert_eq!(
+        incremental["disks"][0]["kind"], "incremental",
+        "{incremental}"
+    );
+    let after = lab.file("after.raw");
+    reference(&image, "qcow2", &after);
+    lab.assert_restores(&text(&incremental, "snapshot"), &after);
 }
 
 #[test]
