@@ -82,7 +82,7 @@ fn library_below_cli_prints_nothing() {
 
 #[test]
 fn file_starts_with_a_sentence_and_stays_small() {
-    for (file, text) in sources() {
+    for (file, text) in sources().into_iter().chain(rust_files("tests")) {
         let first = text.lines().next().unwrap_or("");
         assert!(
             first.starts_with("//! "),
@@ -133,7 +133,12 @@ fn path_of(text: &str) -> String {
 }
 
 fn sources() -> BTreeMap<String, String> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    rust_files("src")
+}
+
+/// Returns the text of each Rust file beneath a folder of the package, by its path in there.
+fn rust_files(folder: &str) -> BTreeMap<String, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut files = BTreeMap::new();
     let mut folders: Vec<PathBuf> = vec![root.clone()];
     while let Some(folder) = folders.pop() {

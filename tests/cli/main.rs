@@ -1,0 +1,8 @@
+//! The command line: usage, exit codes, JSON, text.
+
+mod command;
+mod json;
+mod snapshots;
+#[path = "../support/mod.rs"]
+mod support;
+mod usage;

@@ -1,0 +1,127 @@
+//! SIGKILL at random moments of a backup: what was stored stays, what was not is not seen, and the next run works.
+
+use std::time::{Duration, Instant};
+
+use crate::support::MIB;
+use crate::support::disk::{Random, add_bitmap, reference, scatter};
+use crate::support::lab::Lab;
+use crate::support::program::text;
+use crate::support::server::Server;
+
+const SIZE: u64 = 24 * MIB;
+
+/// How many runs each test kills, in four rounds; the environment asks for more, for a long run by hand.
+fn kills() -> u64 {
+    std::env::var("TEST_KILLS").map_or(20, |n| n.parse().expect("TEST_KILLS is a number"))
+}
+
+/// Kills runs of `args` at random moments of their usual duration, and checks the repository after each.
+///
+/// `known` are the snapshots so far, each with the file that it must restore to; a run killed after its commit adds
+/// one that must restore to `now`. Returns how many runs were killed before their end.
+fn kill_some(
+    lab: &Lab,
+    args: &[&str],
+    usual: Duration,
+    known: &mut Vec<(String, String)>,
+    now: &str,
+    seed: u64,
+) -> u64 {
+    let mut random = Random::new(seed);
+    let mut killed = 0;
+    for _ in 0..kills().div_ceil(4) {
+        let after = Duration::from_micros(random.below(usual.as_micros() as u64 + 1));
+        killed += u64::from(lab.start(args).kill_after(after));
+        for id in lab.snapshots() {
+            if !known.iter().any(|(k, _)| *k == id) {
+                lab.assert_restores(&id, now);
+                known.push((id, now.to_owned()));
+            }
+        }
+        assert_eq!(lab.snapshots().len(), known.len(), "a snapshot was lost");
+        let (snapshot, raw) = &known[random.below(known.len() as u64) as usize];
+        lab.assert_restores(snapshot, raw);
+    }
+    killed
+}
+
+/// Runs a backup to its end and returns its snapshot and how long it took.
+fn timed(lab: &Lab, command: &str, server: &Server) -> (String, Duration) {
+    let started = Instant::now();
+    let result = lab.backup(command, server.uri(), &["--bitmap", "bm0"]);
+    (text(&result, "snapshot"), started.elapsed())
+}
+
+#[test]
+fn full_killed_anywhere_leaves_a_repository_that_works() {
+    let lab = Lab::new();
+    let first = lab.qcow2("first.qcow2", SIZE, 1);
+    add_bitmap(&first, "bm0");
+    let first_raw = lab.file("first.raw");
+    reference(&first, "qcow2", &first_raw);
+    let (snapshot, usual) = timed(&lab, "full", &lab.serve_qcow2(&first, &["bm0"]));
+    let mut known = vec![(snapshot, first_raw)];
+
+    // Each round has contents of its own, so that the killed runs have chunks to store.
+    for round in 0..4 {
+        let image = lab.qcow2(&format!("round{round}.qcow2"), SIZE, 10 + round);
+        add_bitmap(&image, "bm0");
+        let raw = lab.file(&format!("round{round}.raw"));
+        reference(&image, "qcow2", &raw);
+        let server = lab.serve_qcow2(&image, &["bm0"]);
+        let uri = server.uri();
+        let args = [
+            "full", uri, "--name", "web1", "--disk", "vda", "--bitmap", "bm0",
+        ];
+        let killed = kill_some(&lab, &args, usual, &mut known, &raw, 20 + round);
+        assert!(killed > 0, "no run of round {round} was killed in time");
+        let (snapshot, _) = timed(&lab, "full", &server);
+        lab.assert_restores(&snapshot, &raw);
+        known.push((snapshot, raw));
+    }
+    for (snapshot, raw) in &known {
+        lab.assert_restores(snapshot, raw);
+    }
+}
+
+#[test]
+fn incremental_killed_anywhere_loses_nothing_that_is_dirty() {
+    let lab = Lab::new();
+    let image = lab.qcow2("vda.qcow2", SIZE, 2);
+    add_bitmap(&image, "bm0");
+    let raw = lab.file("gen0.raw");
+    reference(&image, "qcow2", &raw);
+    let (snapshot, _) = timed(&lab, "full", &lab.serve_qcow2(&image, &["bm0"]));
+    let mut known = vec![(snapshot, raw)];
+    scatter(&image, "qcow2", SIZE, 40, 30);
+    let raw = lab.file("gen1.raw");
+    reference(&image, "qcow2", &raw);
+    let (snapshot, usual) = timed(&lab, "incremental", &lab.serve_qcow2(&image, &["bm0"]));
+    known.push((snapshot, raw));
+
+    for round in 2..6 {
+        scatter(&image, "qcow2", SIZE, 40, 30 + round);
+        let raw = lab.file(&format!("gen{round}.raw"));
+        reference(&image, "qcow2", &raw);
+        let server = lab.serve_qcow2(&image, &["bm0"]);
+        let uri = server.uri();
+        let args = [
+            "incremental",
+            uri,
+            "--name",
+            "web1",
+            "--disk",
+            "vda",
+            "--bitmap",
+            "bm0",
+            "--no-fallback",
+        ];
+        kill_some(&lab, &args, usual, &mut known, &raw, 40 + round);
+        let (snapshot, _) = timed(&lab, "incremental", &server);
+        lab.assert_restores(&snapshot, &raw);
+        known.push((snapshot, raw));
+    }
+    for (snapshot, raw) in &known {
+        lab.assert_restores(snapshot, raw);
+    }
+}

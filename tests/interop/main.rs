@@ -1,0 +1,16 @@
+//! The program against real peers: qemu-nbd, qemu-storage-daemon, qemu-img, nbdkit, nbdcopy, nbdinfo.
+
+mod chain;
+mod crash;
+mod damage;
+mod fallback;
+mod live;
+mod resize;
+mod restore;
+mod serve;
+mod signal;
+mod source;
+mod sparse;
+#[path = "../support/mod.rs"]
+mod support;
+mod whole;
