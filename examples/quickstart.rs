@@ -7,8 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nbdbackup::engine::{
-    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, Event, Follow, Observer, RestoreRequest, SourceSpec,
-    Target,
+    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, Event, Follow, Observer,
+    RestoreRequest, SourceSpec, Target,
 };
 use nbdbackup::nbd::server::{MemoryDisk, Server, ServerOptions};
 use nbdbackup::range::ByteRange;
@@ -34,7 +34,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let socket = folder.path().join("disk.sock");
     let listener = tokio::net::UnixListener::bind(&socket)?;
-    let server = Server::new(vec![("vda".to_owned(), disk.clone() as _)], ServerOptions::default())?;
+    let server = Server::new(
+        vec![("vda".to_owned(), disk.clone() as _)],
+        ServerOptions::default(),
+    )?;
     tokio::spawn(async move { server.serve(listener.into(), std::future::pending()).await });
     let uri = format!("nbd+unix:///vda?socket={}", socket.display());
     println!("The embedded NBD server offers it as {uri}");
@@ -75,17 +78,32 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-async fn backup(catalog: &Catalog, uri: &str, follow: Option<&str>) -> Result<BackupOutcome, engine::EngineError> {
+async fn backup(
+    catalog: &Catalog,
+    uri: &str,
+    follow: Option<&str>,
+) -> Result<BackupOutcome, engine::EngineError> {
     let request = BackupRequest {
         name: "quickstart".to_owned(),
-        disks: vec![BackupDisk { disk: "vda".to_owned(), source: SourceSpec::parse(uri, None)? }],
+        disks: vec![BackupDisk {
+            disk: "vda".to_owned(),
+            source: SourceSpec::parse(uri, None)?,
+        }],
         tags: Vec::new(),
-        follow: follow.map(|bitmap| Follow { bitmap: bitmap.to_owned(), parent: None, no_fallback: true }),
-        starts: if follow.is_none() { vec!["bm0".to_owned()] } else { Vec::new() },
+        follow: follow.map(|bitmap| Follow {
+            bitmap: bitmap.to_owned(),
+            parent: None,
+            no_fallback: true,
+        }),
+        starts: if follow.is_none() {
+            vec!["bm0".to_owned()]
+        } else {
+            Vec::new()
+        },
         connections: 2,
         compression: None,
     };
-    engine::backup(catalog, request, Arc::new(Silent)).await
+    engine::backup(catalog, request, Arc::new(Silent), std::future::pending()).await
 }
 
 async fn restore(
@@ -104,7 +122,10 @@ async fn restore(
 
 fn say(what: &str, outcome: &BackupOutcome) {
     let disk = &outcome.disks[0];
-    let dirty = disk.dirty_bytes.map(|bytes| format!("{} dirty, ", mib(bytes))).unwrap_or_default();
+    let dirty = disk
+        .dirty_bytes
+        .map(|bytes| format!("{} dirty, ", mib(bytes)))
+        .unwrap_or_default();
     println!(
         "{what}: {dirty}{} read, {} known to be zero, {} of {} chunks new, {} stored for {}, in {:.2} s",
         mib(disk.read_bytes),
@@ -136,6 +157,9 @@ fn text(len: u64, salt: u64) -> Vec<u8> {
 /// Bytes that do not compress.
 fn noise(len: u64) -> Vec<u8> {
     let mut bytes = vec![0; len as usize];
-    blake3::Hasher::new().update(&len.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    blake3::Hasher::new()
+        .update(&len.to_le_bytes())
+        .finalize_xof()
+        .fill(&mut bytes);
     bytes
 }

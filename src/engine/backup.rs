@@ -1,7 +1,7 @@
 //! A backup run: opens the sources, proves the chain, reads the disks, and commits one snapshot at the end.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 
@@ -63,12 +63,13 @@ pub struct Follow {
 /// The snapshot is the commit point: until it is durable nothing of the run is visible, and when this returns, it is.
 ///
 /// # Errors
-/// When a source cannot be opened or fails, when the repository fails, or when an incremental is impossible and the
-/// request forbids a full read; in each case nothing is committed.
+/// When a source cannot be opened or fails, when the repository fails, when an incremental is impossible and the
+/// request forbids a full read, or when `stop` is done first; in each case nothing is committed.
 pub async fn backup(
     catalog: &Catalog,
     request: BackupRequest,
     observer: Arc<dyn Observer>,
+    stop: impl Future<Output = ()> + Send,
 ) -> Result<BackupOutcome, EngineError> {
     let mut run = Run {
         catalog,
@@ -79,11 +80,17 @@ pub async fn backup(
         warnings: Vec::new(),
     };
     let mut opened = Vec::new();
-    let outcome = run.all(&mut opened).await;
-    for disk in opened {
-        disk.source.close().await;
+    let read = tokio::select! {
+        read = run.read(&mut opened) => read,
+        () = stop => Err(EngineError::Stopped),
+    };
+    // Also after a failure: some servers die of a client that leaves with requests in flight.
+    let closed = futures::future::join_all(opened.into_iter().map(|disk| disk.source.close()));
+    if tokio::time::timeout(GOODBYE, closed).await.is_err() {
+        tracing::info!("a source did not answer the goodbye");
     }
-    outcome
+    // From here on the run is not stopped any more, so that its last word is true.
+    run.commit(read?).await
 }
 
 struct Run<'a> {
@@ -93,6 +100,13 @@ struct Run<'a> {
     started: DateTime<Utc>,
     clock: Instant,
     warnings: Vec<Warning>,
+}
+
+/// All disks, read and stored, with nothing of them visible yet.
+struct ReadDisks {
+    session: Arc<Session>,
+    records: Vec<DiskRecord>,
+    reports: Vec<DiskBackup>,
 }
 
 /// A disk whose source is open and whose way of reading is decided.
@@ -107,7 +121,8 @@ struct OpenDisk {
 }
 
 impl Run<'_> {
-    async fn all(&mut self, opened: &mut Vec<OpenDisk>) -> Result<BackupOutcome, EngineError> {
+    /// Opens the sources and reads all disks into a session.
+    async fn read(&mut self, opened: &mut Vec<OpenDisk>) -> Result<ReadDisks, EngineError> {
         let list = self.catalog.snapshots().await?;
         for (file, why) in &list.unreadable {
             self.warn(
@@ -122,29 +137,16 @@ impl Run<'_> {
         }
         let session = self.begin().await?;
         let workers = Workers::start();
-        let mut records = Vec::new();
-        let mut disks = Vec::new();
+        let (mut records, mut reports) = (Vec::new(), Vec::new());
         for disk in opened.iter() {
             let (record, report) = self.one(disk, &session, &workers).await?;
             records.push(record);
-            disks.push(report);
+            reports.push(report);
         }
-        let finished = Utc::now();
-        let snapshot = self.commit(session, records, finished).await?;
-        Ok(BackupOutcome {
-            asked: if self.request.follow.is_some() {
-                BackupKind::Incremental
-            } else {
-                BackupKind::Full
-            },
-            repository: self.catalog.path().to_owned(),
-            snapshot: snapshot.id.to_string(),
-            name: self.request.name.clone(),
-            started: self.started,
-            finished,
-            duration: self.clock.elapsed(),
-            disks,
-            warnings: std::mem::take(&mut self.warnings),
+        Ok(ReadDisks {
+            session,
+            records,
+            reports,
         })
     }
 
@@ -357,12 +359,14 @@ impl Run<'_> {
         Ok((record, report))
     }
 
-    async fn commit(
-        &self,
-        session: Arc<Session>,
-        disks: Vec<DiskRecord>,
-        finished: DateTime<Utc>,
-    ) -> Result<Snapshot, EngineError> {
+    /// Publishes the snapshot.
+    async fn commit(mut self, read: ReadDisks) -> Result<BackupOutcome, EngineError> {
+        let ReadDisks {
+            session,
+            records,
+            reports,
+        } = read;
+        let finished = Utc::now();
         let draft = SnapshotDraft {
             name: self.request.name.clone(),
             tags: self.request.tags.clone(),
@@ -370,11 +374,26 @@ impl Run<'_> {
             finished_unix_nanos: nanos(finished),
             tool: concat!("nbdbackup ", env!("CARGO_PKG_VERSION")).to_owned(),
             complete: true,
-            disks,
+            disks: records,
         };
-        blocking(move || session.commit(draft))
+        let snapshot = blocking(move || session.commit(draft))
             .await?
-            .map_err(self.catalog.failed())
+            .map_err(self.catalog.failed())?;
+        Ok(BackupOutcome {
+            asked: if self.request.follow.is_some() {
+                BackupKind::Incremental
+            } else {
+                BackupKind::Full
+            },
+            repository: self.catalog.path().to_owned(),
+            snapshot: snapshot.id.to_string(),
+            name: self.request.name.clone(),
+            started: self.started,
+            finished,
+            duration: self.clock.elapsed(),
+            disks: reports,
+            warnings: std::mem::take(&mut self.warnings),
+        })
     }
 
     fn warn(&mut self, code: &'static str, disk: Option<&str>, message: String) {
@@ -397,4 +416,6 @@ fn dirty_context(bitmap: &str) -> String {
     format!("qemu:dirty-bitmap:{bitmap}")
 }
 
+/// How long the sources may take to end in order.
+const GOODBYE: Duration = Duration::from_secs(5);
 const ALLOCATION: &str = "base:allocation";

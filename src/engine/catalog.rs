@@ -91,8 +91,14 @@ impl Catalog {
     /// When there is none, or it cannot be read.
     pub async fn open(path: PathBuf) -> Result<Self, EngineError> {
         let text = shown(&path);
-        let opened =
-            blocking(move || Repository::open(Arc::new(LocalStorage::open(&path)?))).await?;
+        let opened = blocking(
+            move || match LocalStorage::open(&path).map_err(RepoError::from) {
+                Ok(storage) => Repository::open(Arc::new(storage)),
+                Err(RepoError::Missing { file }) => Err(RepoError::NotARepository { place: file }),
+                Err(error) => Err(error),
+            },
+        )
+        .await?;
         let repository = opened.map_err(repository(&text))?;
         Ok(Self {
             repository,

@@ -113,6 +113,9 @@ pub enum EngineError {
         #[source]
         cause: io::Error,
     },
+    /// The caller stopped the run.
+    #[error("stopped")]
+    Stopped,
     /// A worker thread ended without a result: a fault of this program.
     #[error("a worker ended without a result; this is a fault of nbdbackup")]
     WorkerLost,

@@ -44,11 +44,15 @@ pub(crate) fn select<'a>(
     if when == "latest" {
         return latest(named).ok_or_else(not_found);
     }
-    let until = time(when).ok_or_else(|| {
-        EngineError::Usage(format!(
-            "`{when}` is not a time: use 2026-11-22, or 2026-11-22T02:00:00Z"
-        ))
-    })?;
+    let Some(until) = time(when) else {
+        // Without snapshots of that name, the whole words are a name that does not exist.
+        return Err(match latest(named) {
+            None => not_found(),
+            Some(_) => EngineError::Usage(format!(
+                "`{when}` is not a time: use 2026-11-22, or 2026-11-22T02:00:00Z"
+            )),
+        });
+    };
     latest(named.filter(|s| s.draft.started_unix_nanos <= until)).ok_or_else(not_found)
 }
 

@@ -148,7 +148,7 @@ fn info_tells_what_an_export_offers() {
         contexts.contains(&"base:allocation") && contexts.contains(&"qemu:dirty-bitmap:bm0"),
         "{contexts:?}"
     );
-    assert_eq!(number(&export["block_size"], "maximum"), 32 << 20);
+    assert_eq!(number(&export["block_size"], "maximum_bytes"), 32 << 20);
     let dirty = crate::support::server::dirty(server.uri(), "bm0");
     assert_eq!(
         number(&result["bitmap"], "dirty_bytes"),

@@ -126,7 +126,7 @@ fn latest_and_names_and_times_address_snapshots() {
     let finished = text(&lab.run(&["show", &first]).result()["snapshot"], "finished");
     assert_eq!(id(&format!("web1@{finished}")), first);
     lab.run(&["show", "web1@1999-01-01T00:00:00Z"]).error(1);
-    lab.run(&["show", "web1@yesterday-ish"]).error(1);
+    lab.run(&["show", "web1@yesterday-ish"]).error(2);
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn diff_names_the_ranges_that_differ() {
         .as_array()
         .unwrap()
         .iter()
-        .map(|r| (number(r, "offset"), number(r, "length")))
+        .map(|r| (number(r, "offset_bytes"), number(r, "length_bytes")))
         .collect();
     assert_eq!(ranges, [(MIB, CHUNK), (3 * MIB, 2 * CHUNK)]);
     assert_eq!(number(&diff, "differing_bytes"), 3 * CHUNK);

@@ -118,7 +118,13 @@ impl Rig {
             connections: 2,
             compression: None,
         };
-        let outcome = engine::backup(&self.catalog, request, Arc::new(Silent)).await;
+        let outcome = engine::backup(
+            &self.catalog,
+            request,
+            Arc::new(Silent),
+            std::future::pending(),
+        )
+        .await;
         drop(stop);
         serving.await.unwrap();
         outcome

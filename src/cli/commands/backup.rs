@@ -6,24 +6,26 @@ use std::sync::Arc;
 use crate::cli::args::{Backup, Full, Global, Incremental};
 use crate::cli::config;
 use crate::engine::{BackupDisk, BackupRequest, EngineError, Follow, SourceSpec, backup};
-use crate::report::{Outcome, Reporter};
+use crate::report::{Failure, Outcome, Reporter};
 
 pub(super) async fn full(
     global: &Global,
     args: Full,
     reporter: Arc<Reporter>,
-) -> Result<Outcome, EngineError> {
-    run(global, args.backup, None, reporter).await
+    ended: impl Future<Output = u8> + Send,
+) -> Result<Outcome, Failure> {
+    run(global, args.backup, None, reporter, ended).await
 }
 
 pub(super) async fn incremental(
     global: &Global,
     args: Incremental,
     reporter: Arc<Reporter>,
-) -> Result<Outcome, EngineError> {
+    ended: impl Future<Output = u8> + Send,
+) -> Result<Outcome, Failure> {
     let Some(bitmap) = args.backup.bitmap.clone() else {
-        return Err(EngineError::Usage(
-            "an incremental follows a dirty bitmap: name it with --bitmap; nbdbackup info lists those that exist".into(),
+        return Err(Failure::usage(
+            "an incremental follows a dirty bitmap: name it with --bitmap; nbdbackup info lists those that exist",
         ));
     };
     let follow = Follow {
@@ -31,7 +33,7 @@ pub(super) async fn incremental(
         parent: args.parent,
         no_fallback: args.no_fallback,
     };
-    run(global, args.backup, Some(follow), reporter).await
+    run(global, args.backup, Some(follow), reporter, ended).await
 }
 
 async fn run(
@@ -39,6 +41,23 @@ async fn run(
     args: Backup,
     follow: Option<Follow>,
     reporter: Arc<Reporter>,
+    ended: impl Future<Output = u8> + Send,
+) -> Result<Outcome, Failure> {
+    let mut signal = 0;
+    let stop = async { signal = ended.await };
+    match run_until(global, args, follow, reporter, stop).await {
+        Ok(outcome) => Ok(outcome),
+        Err(EngineError::Stopped) => Err(Failure::signal(signal)),
+        Err(error) => Err(Failure::from(&error)),
+    }
+}
+
+async fn run_until(
+    global: &Global,
+    args: Backup,
+    follow: Option<Follow>,
+    reporter: Arc<Reporter>,
+    stop: impl Future<Output = ()> + Send,
 ) -> Result<Outcome, EngineError> {
     let disks = disks(&args)?;
     let compression = match &args.compression.compression {
@@ -59,7 +78,7 @@ async fn run(
         compression,
     };
     let catalog = config::open(global).await?;
-    backup(&catalog, request, reporter)
+    backup(&catalog, request, reporter, stop)
         .await
         .map(Outcome::Backup)
 }

@@ -10,7 +10,7 @@ mod snapshots;
 
 use std::sync::Arc;
 
-use super::args::{Cli, Command, Global};
+use super::args::{Cli, Command};
 use crate::engine::EngineError;
 use crate::report::{Failure, Outcome, Reporter};
 
@@ -20,33 +20,34 @@ pub(super) async fn run(
     reporter: Arc<Reporter>,
     ended: impl Future<Output = u8> + Send,
 ) -> Result<Outcome, Failure> {
+    let global = &cli.global;
+    let failure = |error: EngineError| Failure::from(&error);
     match cli.command {
         // A signal is how serving ends well.
         Command::Restore(args) if args.serve.is_some() => {
-            restore::serve(&cli.global, &args, reporter, ended)
+            restore::serve(global, &args, reporter, ended)
                 .await
-                .map_err(|e| Failure::from(&e))
+                .map_err(failure)
         }
-        command => tokio::select! {
-            outcome = one(&cli.global, command, reporter) => outcome.map_err(|e| Failure::from(&e)),
-            signal = ended => Err(Failure::signal(signal)),
-        },
+        // A signal lets a backup say goodbye to its sources.
+        Command::Full(args) => backup::full(global, args, reporter, ended).await,
+        Command::Incremental(args) => backup::incremental(global, args, reporter, ended).await,
+        Command::Init(args) => until(ended, init::run(global, &args)).await,
+        Command::Restore(args) => until(ended, restore::to_target(global, &args, reporter)).await,
+        Command::Snapshots(args) => until(ended, snapshots::run(global, &args)).await,
+        Command::Show(args) => until(ended, show::run(global, &args)).await,
+        Command::Info(args) => until(ended, info::run(&args)).await,
+        Command::Diff(args) => until(ended, diff::run(global, &args)).await,
     }
 }
 
-async fn one(
-    global: &Global,
-    command: Command,
-    reporter: Arc<Reporter>,
-) -> Result<Outcome, EngineError> {
-    match command {
-        Command::Init(args) => init::run(global, &args).await,
-        Command::Full(args) => backup::full(global, args, reporter).await,
-        Command::Incremental(args) => backup::incremental(global, args, reporter).await,
-        Command::Restore(args) => restore::to_target(global, &args, reporter).await,
-        Command::Snapshots(args) => snapshots::run(global, &args).await,
-        Command::Show(args) => show::run(global, &args).await,
-        Command::Info(args) => info::run(&args).await,
-        Command::Diff(args) => diff::run(global, &args).await,
+/// Runs a command that can be dropped at any point.
+async fn until(
+    ended: impl Future<Output = u8> + Send,
+    command: impl Future<Output = Result<Outcome, EngineError>>,
+) -> Result<Outcome, Failure> {
+    tokio::select! {
+        outcome = command => outcome.map_err(|e| Failure::from(&e)),
+        signal = ended => Err(Failure::signal(signal)),
     }
 }
