@@ -1,1 +1,147 @@
-//! x
+//! An async NBD server: many clients, many requests of each at once.
+
+mod connection;
+mod error;
+mod reply;
+mod requests;
+mod source;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::session::server::{Catalog, Offer, OfferError};
+use super::transport::{Listener, Stream};
+
+pub use error::ServeError;
+pub use source::{ExportSource, NbdError, SourceRead};
+
+/// How a server behaves.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// The most clients at a time; further ones wait unanswered.
+    pub max_connections: usize,
+    /// How long a client may take for the handshake.
+    pub handshake_timeout: Duration,
+    /// The most requests of one client that are worked on at a time; further ones wait in its socket.
+    pub requests_per_connection: usize,
+    /// The most bytes of one client's reads that are held at a time.
+    pub bytes_per_connection: usize,
+    /// How long clients may take to receive what is in flight once the server is to end.
+    pub shutdown_timeout: Duration,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            max_connections: 100,
+            handshake_timeout: Duration::from_secs(10),
+            requests_per_connection: 16,
+            bytes_per_connection: 64 << 20,
+            shutdown_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A server of read-only exports.
+#[derive(Clone)]
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    catalog: Catalog,
+    /// The disks behind the catalog's exports, in its order.
+    sources: Vec<Arc<dyn ExportSource>>,
+    options: ServerOptions,
+}
+
+impl Server {
+    /// Makes a server of named exports.
+    pub fn new(
+        exports: Vec<(String, Arc<dyn ExportSource>)>,
+        options: ServerOptions,
+    ) -> Result<Self, OfferError> {
+        let offers = exports.iter().map(|(name, source)| Offer {
+            name: name.clone(),
+            description: source.description(),
+            size: source.size_bytes(),
+            block_size: source.block_size(),
+            contexts: source.contexts(),
+        });
+        let catalog = Catalog::new(offers.collect())?;
+        let sources = exports.into_iter().map(|(_, source)| source).collect();
+        Ok(Self {
+            shared: Arc::new(Shared {
+                catalog,
+                sources,
+                options,
+            }),
+        })
+    }
+
+    /// Serves the clients of a socket until `shutdown` is done, then lets them finish what is in flight.
+    ///
+    /// A client's fault ends that client only.
+    pub async fn serve(&self, listener: Listener, shutdown: impl Future<Output = ()>) {
+        let options = &self.shared.options;
+        let places = Arc::new(Semaphore::new(options.max_connections.max(1)));
+        let (stop, stopping) = watch::channel(false);
+        let mut clients = JoinSet::new();
+        let accept = async {
+            loop {
+                // The place is taken first, so that a client too many waits in the socket's queue.
+                let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                    return;
+                };
+                while clients.try_join_next().is_some() {}
+                match listener.accept().await {
+                    Ok((stream, peer)) => {
+                        let shared = Arc::clone(&self.shared);
+                        let stopping = stopping.clone();
+                        clients.spawn(async move {
+                            let ended = connection::serve(&shared, stream, stopping).await;
+                            match ended {
+                                Ok(()) => tracing::debug!(%peer, "NBD client left"),
+                                Err(fault) => tracing::warn!(%peer, %fault, "NBD client failed"),
+                            }
+                            drop(place);
+                        });
+                    }
+                    Err(fault) => {
+                        // Such as too many open files: others may go on, and this may pass.
+                        tracing::warn!(%fault, "no NBD client could be accepted");
+                        sleep(ACCEPT_PAUSE).await;
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            () = accept => {}
+            () = shutdown => {}
+        }
+        drop(listener);
+        // Nobody listens if there is no client.
+        let _ = stop.send(true);
+        let finish = async { while clients.join_next().await.is_some() {} };
+        if timeout(options.shutdown_timeout, finish).await.is_err() {
+            clients.shutdown().await;
+        }
+    }
+
+    /// Serves one client on a stream that is connected already, until it leaves.
+    pub async fn serve_stream(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<(), ServeError> {
+        let (_stop, stopping) = watch::channel(false);
+        connection::serve(&self.shared, Stream::other(stream), stopping).await
+    }
+}
+
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

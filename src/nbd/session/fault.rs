@@ -1,9 +1,7 @@
 //! What a peer can do wrong, sorted by kind.
 
-use crate::nbd::wire::{
-    ChunkType, Command, DecodeError, EncodeError, OptionCode, OptionReplyCode,
-};
 use super::limits;
+use crate::nbd::wire::{ChunkType, Command, DecodeError, EncodeError, OptionCode, OptionReplyCode};
 use crate::range::ByteRange;
 
 /// Why a session cannot go on.

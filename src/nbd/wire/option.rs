@@ -136,7 +136,10 @@ mod tests {
     fn reply_is_the_spec_s_bytes() {
         let mut out = Vec::new();
         encode_reply(OptionCode::GO, OptionReplyCode::ACK, b"", &mut out).unwrap();
-        assert_eq!(out, b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x01\0\0\0\0");
+        assert_eq!(
+            out,
+            b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x01\0\0\0\0"
+        );
         assert_eq!(OptionReplyHeader::decode(&out).unwrap().code.0, 1);
     }
 

@@ -29,8 +29,8 @@ impl Coverage {
     /// Adds the `length` bytes at `offset`, which have to be new ones of the request.
     pub(super) fn add(&mut self, offset: u64, length: u64) -> Result<ByteRange, SessionError> {
         let request = self.request;
-        let chunk = ByteRange::at(offset, length)
-            .ok_or(PeerMisbehaved::ChunkPastEnd { offset, length })?;
+        let chunk =
+            ByteRange::at(offset, length).ok_or(PeerMisbehaved::ChunkPastEnd { offset, length })?;
         if !request.contains(chunk) {
             return Err(PeerMisbehaved::ChunkOutside { chunk, request }.into());
         }
@@ -116,12 +116,7 @@ mod tests {
 
     #[test]
     fn server_sends_fewer_bytes_than_were_asked_for() {
-        for short in [
-            &[(100, 99)][..],
-            &[(101, 99)],
-            &[(100, 40), (141, 59)],
-            &[],
-        ] {
+        for short in [&[(100, 99)][..], &[(101, 99)], &[(100, 40), (141, 59)], &[]] {
             assert!(matches!(
                 cover(short),
                 Err(SessionError::Misbehaved(PeerMisbehaved::ShortRead { .. }))

@@ -147,6 +147,11 @@ impl<T> InFlight<T> {
         self.entry(cookie).ok().map(|entry| &mut entry.owner)
     }
 
+    /// Gives one request up, as if it had never been made.
+    pub fn forget(&mut self, cookie: u64) -> Option<T> {
+        self.take(cookie).ok().map(|entry| entry.owner)
+    }
+
     /// Gives all requests up and returns what was kept for them.
     pub fn abandon(&mut self) -> Vec<T> {
         self.free.clear();

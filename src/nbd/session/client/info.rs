@@ -27,7 +27,7 @@ pub struct ExportDetails {
 ///
 /// Both ask for the same; only the size in the answer to `GO` counts, since one server tells a size of 0 before.
 #[derive(Debug)]
-pub struct Go {
+pub struct AskExport {
     option: OptionCode,
     export: String,
     heard: Pieces,
@@ -41,7 +41,7 @@ struct Pieces {
     description: Option<String>,
 }
 
-impl Go {
+impl AskExport {
     /// Asks about an export and stays in the handshake.
     pub fn info(export: &str) -> Self {
         Self::with(OptionCode::INFO, export)
@@ -61,7 +61,7 @@ impl Go {
     }
 }
 
-impl OptionCall for Go {
+impl OptionCall for AskExport {
     type Answer = ExportDetails;
 
     fn option(&self) -> OptionCode {
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     fn details(pieces: &[&[u8]]) -> Result<ExportDetails, SessionError> {
-        let mut go = Go::go("d");
+        let mut go = AskExport::go("d");
         for piece in pieces {
             go.piece(OptionReplyCode::INFO, piece)?;
         }

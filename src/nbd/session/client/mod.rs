@@ -14,7 +14,7 @@ mod replies;
 
 pub use greeting::{AwaitExportName, AwaitGreeting, NotFixed, Opened};
 pub use in_flight::{Asked, Finished, InFlight, Outcome, RequestFailed};
-pub use info::{ExportDetails, Go};
+pub use info::{AskExport, ExportDetails};
 pub use list::{Abort, List, StructuredReply};
 pub use meta::{ListContexts, SetContexts};
 pub use options::{Heard, OptionCall, Options, Sent};

@@ -37,12 +37,14 @@ enum Stage {
 pub enum Event<T> {
     /// More has to come.
     More,
-    /// The next `range.len()` bytes of the stream are those of `range`; [`Replies::data_taken`] has to follow.
+    /// The next `length` bytes of the stream are the disk's; [`Replies::data_taken`] has to follow.
     Data {
         /// The request's cookie.
         cookie: u64,
-        /// The bytes' place on the disk.
-        range: ByteRange,
+        /// The bytes' place, counted from the request's start.
+        at: u64,
+        /// Their number.
+        length: u64,
     },
     /// A reply is complete.
     Finished(Finished<T>),
@@ -140,7 +142,11 @@ impl Replies {
             Asked::Read(range) if self.dialect == Dialect::Simple && !failed => {
                 entry.coverage.add(range.start(), range.len())?;
                 self.stage = Stage::Data { cookie, done: true };
-                Ok(Event::Data { cookie, range })
+                Ok(Event::Data {
+                    cookie,
+                    at: 0,
+                    length: range.len(),
+                })
             }
             Asked::Read(_) if self.dialect != Dialect::Simple => {
                 Err(PeerMisbehaved::SimpleReply { command }.into())
@@ -174,7 +180,7 @@ impl Replies {
         let (least, most) = match kind {
             ChunkType::NONE => (0, 0),
             ChunkType::OFFSET_DATA => (
-                DATA_OFFSET as u64 + 1,
+                (DATA_OFFSET as u64).saturating_add(1),
                 (DATA_OFFSET as u64).saturating_add(asked.range().len()),
             ),
             ChunkType::OFFSET_HOLE => (HoleChunk::LEN as u64, HoleChunk::LEN as u64),
@@ -226,12 +232,17 @@ impl Replies {
         let offset = bytes.first_chunk().copied().map_or(0, u64::from_be_bytes);
         let length = header.length.saturating_sub(DATA_OFFSET as u64);
         let cookie = header.cookie;
-        let range = requests.entry(cookie)?.coverage.add(offset, length)?;
+        let entry = requests.entry(cookie)?;
+        entry.coverage.add(offset, length)?;
         self.stage = Stage::Data {
             cookie,
             done: header.flags.has(ChunkFlags::DONE),
         };
-        Ok(Event::Data { cookie, range })
+        Ok(Event::Data {
+            cookie,
+            at: offset.saturating_sub(entry.asked.range().start()),
+            length,
+        })
     }
 
     fn handle_payload<T>(
@@ -279,11 +290,7 @@ impl Replies {
     }
 
     /// Ends a reply: everything asked for has come, or an error.
-    fn finish<T>(
-        &self,
-        cookie: u64,
-        requests: &mut InFlight<T>,
-    ) -> Result<Event<T>, SessionError> {
+    fn finish<T>(&self, cookie: u64, requests: &mut InFlight<T>) -> Result<Event<T>, SessionError> {
         let entry = requests.entry(cookie)?;
         let outcome = match (entry.error.take(), entry.asked) {
             (Some(error), _) => Outcome::Failed(error),

@@ -49,7 +49,10 @@ pub enum OfferError {
         name: String,
     },
     /// A name, description or context that no client has to take.
-    #[error("{what} of {length} bytes is longer than {} or holds a zero byte", limits::MAX_STRING)]
+    #[error(
+        "{what} of {length} bytes is longer than {} or holds a zero byte",
+        limits::MAX_STRING
+    )]
     BadString {
         /// What the text is.
         what: &'static str,

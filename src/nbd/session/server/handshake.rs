@@ -2,7 +2,7 @@
 
 use super::super::{PeerIncompatible, PeerMisbehaved, SessionError, limits};
 use super::Catalog;
-use super::answers::{Answers, After};
+use super::answers::{After, Answers};
 use crate::nbd::wire::{
     ClientFlags, Dialect, ExportNameAnswer, Greeting, OptionCode, OptionHeader, OptionReplyCode,
     ServerFlags,

@@ -1,0 +1,154 @@
+//! Which options a client sends and in which order, until it may send requests.
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+
+use super::super::session::client::{
+    Abort, AskExport, AwaitExportName, AwaitGreeting, ExportDetails, Heard, NotFixed, Opened,
+    OptionCall, Options, SetContexts, StructuredReply,
+};
+use super::super::session::{PeerIncompatible, Refused};
+use super::super::wire::{Dialect, MetaContext, OptionCode, OptionReplyCode};
+use super::ClientErrorKind;
+
+/// What both sides agreed on.
+pub(super) struct Agreed {
+    pub(super) details: ExportDetails,
+    pub(super) dialect: Dialect,
+    pub(super) contexts: Vec<MetaContext>,
+}
+
+/// Both directions of a connection in the handshake; exactly the bytes of one message are read at a time.
+pub(super) struct Wire<R, W> {
+    pub(super) read: R,
+    pub(super) write: W,
+}
+
+impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
+    /// Goes through the handshake to the transmission phase of an export.
+    pub(super) async fn agree(
+        &mut self,
+        export: &str,
+        contexts: &[String],
+    ) -> Result<Agreed, ClientErrorKind> {
+        let mut options = match self.greet().await? {
+            Opened::Fixed(options) => options,
+            Opened::NotFixed(state) => return self.agree_unfixed(state, export).await,
+        };
+        let structured;
+        (options, structured) = self.call(options, StructuredReply).await?;
+        let mut granted = Vec::new();
+        // The choice of contexts has to be the last option before GO and name the same export: some servers drop it.
+        if structured.is_ok() && !contexts.is_empty() {
+            let answer;
+            (options, answer) = self
+                .call(options, SetContexts::new(export, contexts))
+                .await?;
+            match answer {
+                Ok(contexts) => granted = contexts,
+                Err(refused) => tracing::debug!(%refused, "no metadata contexts"),
+            }
+        }
+        let (options, answer) = self.call(options, AskExport::go(export)).await?;
+        let dialect = options.dialect();
+        let details = match answer {
+            Ok(details) => details,
+            Err(refused) if refused.code == OptionReplyCode::ERR_UNSUP => {
+                let mut out = Vec::new();
+                let wait = options.export_name(export, &mut out)?;
+                self.send(&out).await?;
+                self.export_name(wait).await?
+            }
+            Err(refused) => {
+                self.abort(options).await;
+                return Err(ClientErrorKind::Refused(refused));
+            }
+        };
+        Ok(Agreed {
+            details,
+            dialect,
+            contexts: granted,
+        })
+    }
+
+    /// Goes through the handshake to the state in which options may be sent.
+    pub(super) async fn options(&mut self, wanted: OptionCode) -> Result<Options, ClientErrorKind> {
+        match self.greet().await? {
+            Opened::Fixed(options) => Ok(options),
+            Opened::NotFixed(_) => Err(ClientErrorKind::Incompatible(PeerIncompatible::NotFixed {
+                wanted,
+            })),
+        }
+    }
+
+    /// Sends one option and waits for its answers.
+    pub(super) async fn call<C: OptionCall>(
+        &mut self,
+        options: Options,
+        call: C,
+    ) -> Result<(Options, Result<C::Answer, Refused>), ClientErrorKind> {
+        let mut out = Vec::new();
+        let mut sent = options.send(call, &mut out)?;
+        self.send(&out).await?;
+        loop {
+            let bytes = self.receive(sent.wanted()).await?;
+            match sent.handle(&bytes)? {
+                Heard::More(more) => sent = more,
+                Heard::Done(options, answer) => return Ok((options, answer)),
+            }
+        }
+    }
+
+    /// Says goodbye; the server's answer, if it gives one, is of no use.
+    pub(super) async fn abort(&mut self, options: Options) {
+        let mut out = Vec::new();
+        if options.send(Abort, &mut out).is_ok() && self.send(&out).await.is_ok() {
+            let _ = self.write.shutdown().await;
+        }
+    }
+
+    async fn greet(&mut self) -> Result<Opened, ClientErrorKind> {
+        let state = AwaitGreeting;
+        let bytes = self.receive(state.wanted()).await?;
+        let mut out = Vec::new();
+        let opened = state.handle(&bytes, &mut out)?;
+        self.send(&out).await?;
+        Ok(opened)
+    }
+
+    async fn agree_unfixed(
+        &mut self,
+        state: NotFixed,
+        export: &str,
+    ) -> Result<Agreed, ClientErrorKind> {
+        let mut out = Vec::new();
+        let wait = state.export_name(export, &mut out)?;
+        self.send(&out).await?;
+        Ok(Agreed {
+            details: self.export_name(wait).await?,
+            dialect: Dialect::Simple,
+            contexts: Vec::new(),
+        })
+    }
+
+    async fn export_name(
+        &mut self,
+        wait: AwaitExportName,
+    ) -> Result<ExportDetails, ClientErrorKind> {
+        let bytes = self.receive(wait.wanted()).await?;
+        Ok(wait.handle(&bytes)?)
+    }
+
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), ClientErrorKind> {
+        let io = |fault| ClientErrorKind::io("sending in the handshake", fault);
+        self.write.write_all(bytes).await.map_err(io)?;
+        self.write.flush().await.map_err(io)
+    }
+
+    /// Reads exactly what a state wants, which `limits` bound.
+    async fn receive(&mut self, wanted: usize) -> Result<Vec<u8>, ClientErrorKind> {
+        let mut bytes = vec![0; wanted];
+        let io = |fault| ClientErrorKind::io("receiving in the handshake", fault);
+        self.read.read_exact(&mut bytes).await.map_err(io)?;
+        Ok(bytes)
+    }
+}

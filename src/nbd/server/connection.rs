@@ -1,0 +1,185 @@
+//! One client: its handshake, then its requests until it leaves.
+
+use std::sync::Arc;
+
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+use super::super::session::limits;
+use super::super::session::server::{Agreed, Handshake, Judged, Rules, Step, Verdict};
+use super::super::transport::{ReadHalf, Stream, WriteHalf};
+use super::reply::{self, Answered, Reply};
+use super::requests::{Pool, Requests};
+use super::{ServeError, Shared};
+
+/// Serves a client until it leaves or `stopping` becomes true.
+pub(super) async fn serve(
+    shared: &Arc<Shared>,
+    stream: Stream,
+    mut stopping: watch::Receiver<bool>,
+) -> Result<(), ServeError> {
+    let wait = shared.options.handshake_timeout;
+    let (mut read, mut write) = stream.split();
+    let agreed = tokio::select! {
+        agreed = timeout(wait, handshake(shared, &mut read, &mut write)) => match agreed {
+            Ok(agreed) => agreed?,
+            Err(_) => return Err(ServeError::HandshakeTimedOut(wait)),
+        },
+        _ = stopping.wait_for(|stop| *stop) => return Ok(()),
+    };
+    match agreed {
+        Some(agreed) => transmit(shared, &agreed, read, write, stopping).await,
+        None => Ok(()),
+    }
+}
+
+/// Answers options; `None` if the client left.
+async fn handshake(
+    shared: &Shared,
+    read: &mut ReadHalf,
+    write: &mut WriteHalf,
+) -> Result<Option<Agreed>, ServeError> {
+    let receiving = ServeError::io("receiving in the handshake");
+    let sending = ServeError::io("sending in the handshake");
+    let mut out = Vec::new();
+    let mut state = Handshake::start(&mut out);
+    let mut bytes = Vec::new();
+    loop {
+        write.write_all(&out).await.map_err(&sending)?;
+        write.flush().await.map_err(&sending)?;
+        out.clear();
+        bytes.resize(state.wanted(), 0);
+        read.read_exact(&mut bytes).await.map_err(&receiving)?;
+        let step = state.handle(&bytes, &shared.catalog, &mut out);
+        match step? {
+            Step::Next(next) => state = next,
+            Step::Transmit(agreed) => {
+                write.write_all(&out).await.map_err(&sending)?;
+                write.flush().await.map_err(&sending)?;
+                return Ok(Some(agreed));
+            }
+            Step::Close => {
+                // The client may be gone before it reads the answer.
+                if write.write_all(&out).await.is_ok() {
+                    let _ = write.shutdown().await;
+                }
+                return Ok(None);
+            }
+        }
+    }
+}
+
+/// Takes requests until the client leaves or the server stops, then finishes what is in flight.
+async fn transmit(
+    shared: &Arc<Shared>,
+    agreed: &Agreed,
+    read: ReadHalf,
+    write: WriteHalf,
+    mut stopping: watch::Receiver<bool>,
+) -> Result<(), ServeError> {
+    let Some((source, offer)) = shared
+        .sources
+        .get(agreed.export)
+        .zip(shared.catalog.offers().get(agreed.export))
+    else {
+        return Ok(());
+    };
+    let rules = Rules {
+        dialect: agreed.dialect,
+        size: offer.size,
+        block_size: offer.block_size,
+        contexts: agreed.contexts.len(),
+    };
+    let (replies, queue) = mpsc::channel(shared.options.requests_per_connection.max(1));
+    let pool = Pool::default();
+    let writer = tokio::spawn(write_replies(write, queue, pool.clone()));
+    let mut requests = Requests::new(
+        Arc::clone(source),
+        &agreed.contexts,
+        &shared.options,
+        replies,
+        pool,
+    );
+    let taken = tokio::select! {
+        taken = take_requests(read, &rules, &mut requests) => taken,
+        _ = stopping.wait_for(|stop| *stop) => Ok(()),
+    };
+    if taken.is_ok() {
+        requests.finish().await;
+    }
+    drop(requests);
+    let sent = match writer.await {
+        Ok(sent) => sent.map_err(ServeError::io("sending replies")),
+        // A panic of the writer has been reported where it happened.
+        Err(_) => Ok(()),
+    };
+    taken.and(sent)
+}
+
+/// Takes requests until the client says goodbye or hangs up.
+async fn take_requests(
+    read: ReadHalf,
+    rules: &Rules,
+    requests: &mut Requests,
+) -> Result<(), ServeError> {
+    let receiving = ServeError::io("receiving requests");
+    let mut read = BufReader::with_capacity(REQUEST_BUFFER, read);
+    let mut header = vec![0; rules.wanted()];
+    let mut waste = Vec::new();
+    loop {
+        // A client that waits for a free place waits in its socket, and so do its bytes.
+        let Some(place) = requests.place().await else {
+            return Ok(());
+        };
+        tokio::select! {
+            // A bare hang-up between two requests is as good as a goodbye.
+            buffered = read.fill_buf() => if buffered.map_err(&receiving)?.is_empty() {
+                return Ok(());
+            },
+            () = requests.closed() => return Ok(()),
+        }
+        read.read_exact(&mut header).await.map_err(&receiving)?;
+        let Judged {
+            cookie,
+            offset,
+            mut payload,
+            verdict,
+        } = rules.judge(&header)?;
+        while payload > 0 {
+            let step = payload.min(limits::DRAIN_STEP as u64);
+            waste.resize(step as usize, 0);
+            read.read_exact(&mut waste).await.map_err(&receiving)?;
+            payload -= step;
+        }
+        let to = Answered {
+            dialect: rules.dialect,
+            cookie,
+            offset,
+        };
+        if verdict == Verdict::Disconnect {
+            return Ok(());
+        }
+        requests.start(to, verdict, place);
+    }
+}
+
+/// Sends replies as they are queued, many in one go.
+async fn write_replies(
+    mut write: WriteHalf,
+    mut queue: mpsc::Receiver<Reply>,
+    pool: Pool,
+) -> std::io::Result<()> {
+    let mut batch = Vec::new();
+    while queue.recv_many(&mut batch, REPLIES_AT_ONCE).await > 0 {
+        reply::send(&mut write, &batch).await?;
+        for sent in batch.drain(..) {
+            pool.give(sent.into_buf());
+        }
+    }
+    write.shutdown().await
+}
+
+/// Holds many headers; requests of read-only exports have nothing else.
+const REQUEST_BUFFER: usize = 4 << 10;
+const REPLIES_AT_ONCE: usize = 16;

@@ -1,0 +1,32 @@
+//! Why serving a client ended before the client left.
+
+use std::io;
+use std::time::Duration;
+
+use super::super::session::SessionError;
+
+/// A fault that ends one client's connection.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The client broke the protocol or is of no use.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The client was too slow in the handshake.
+    #[error("client did not finish the handshake within {} seconds", .0.as_secs_f64())]
+    HandshakeTimedOut(Duration),
+    /// The system could not send or receive.
+    #[error("{during} failed")]
+    Io {
+        /// What was tried.
+        during: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl ServeError {
+    pub(super) fn io(during: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Io { during, source }
+    }
+}
