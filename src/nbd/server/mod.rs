@@ -2,7 +2,6 @@
 
 mod connection;
 mod error;
-mod memory;
 mod reply;
 mod requests;
 mod source;
@@ -20,7 +19,6 @@ use super::session::server::{Catalog, Offer, OfferError};
 use super::transport::{Listener, Stream};
 
 pub use error::ServeError;
-pub use memory::MemoryDisk;
 pub use source::{ExportSource, NbdError, SourceRead};
 
 /// How a server behaves.
