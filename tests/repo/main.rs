@@ -1,4 +1,8 @@
 //! The repository as a whole: round trips, maps against a model, damage, crashes, concurrency and scale.
 
+mod crash;
+mod damage;
+mod map_model;
 mod round_trip;
+mod scale;
 mod support;
