@@ -1,6 +1,7 @@
 //! Reading chunks: by hint, else by the index, each checked against its identifier before its bytes are returned.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 
 use super::chunk::{ChunkEntry, Place};
 use super::error::RepoError;
@@ -39,45 +40,58 @@ impl ReadBatch {
     pub fn stored_bytes(&self) -> u64 {
         self.end - self.offset
     }
+
+    /// Takes a chunk in, when it is near.
+    fn take(&mut self, read: ChunkRead) -> bool {
+        let offset = u64::from(read.entry.place.offset);
+        let end = offset + u64::from(read.entry.place.len);
+        let (low, high) = (self.offset.min(offset), self.end.max(end));
+        let fits = self.pack == read.entry.place.pack
+            && offset <= self.end + MAX_GAP
+            && self.offset <= end + MAX_GAP
+            && high - low <= MAX_BATCH_BYTES
+            && self.chunks.len() < MAX_BATCH_CHUNKS;
+        if fits {
+            (self.offset, self.end) = (low, high);
+            self.chunks.push(read);
+        }
+        fits
+    }
 }
 
 /// Gathers neighbours into batches.
+///
+/// Threads that stored a disk together overtook each other, so that neighbours on the disk are near each other in a
+/// pack, but in no strict order: a few batches are open at once, and come out in nearly the order of the disk.
 #[derive(Debug, Default)]
 pub struct Batcher {
-    batch: Option<ReadBatch>,
+    open: VecDeque<ReadBatch>,
 }
 
 impl Batcher {
-    /// Adds a chunk; returns the batch before it when it does not fit in.
+    /// Adds a chunk; returns the oldest batch when there are too many.
     pub fn push(&mut self, read: ChunkRead) -> Option<ReadBatch> {
+        // The youngest first, which mostly takes it.
+        if self.open.iter_mut().rev().any(|batch| batch.take(read)) {
+            return None;
+        }
         let Place { pack, .. } = read.entry.place;
         let offset = u64::from(read.entry.place.offset);
-        let end = offset + u64::from(read.entry.place.len);
-        if let Some(batch) = &mut self.batch {
-            let (low, high) = (batch.offset.min(offset), batch.end.max(end));
-            let near = offset <= batch.end + MAX_GAP && batch.offset <= end + MAX_GAP;
-            if batch.pack == pack
-                && near
-                && high - low <= MAX_BATCH_BYTES
-                && batch.chunks.len() < MAX_BATCH_CHUNKS
-            {
-                batch.offset = low;
-                batch.end = high;
-                batch.chunks.push(read);
-                return None;
-            }
-        }
-        self.batch.replace(ReadBatch {
+        self.open.push_back(ReadBatch {
             pack,
             offset,
-            end,
+            end: offset + u64::from(read.entry.place.len),
             chunks: vec![read],
-        })
+        });
+        match self.open.len() > OPEN_BATCHES {
+            true => self.open.pop_front(),
+            false => None,
+        }
     }
 
-    /// Returns the last batch.
-    pub fn finish(&mut self) -> Option<ReadBatch> {
-        self.batch.take()
+    /// Returns the batches that are still open.
+    pub fn finish(&mut self) -> impl Iterator<Item = ReadBatch> {
+        std::mem::take(&mut self.open).into_iter()
     }
 }
 
@@ -216,6 +230,7 @@ thread_local! {
 
 const MAX_BATCH_BYTES: u64 = 4 << 20;
 const MAX_BATCH_CHUNKS: usize = 128;
+const OPEN_BATCHES: usize = 4;
 
 /// Reading this many useless bytes costs less than another call.
 const MAX_GAP: u64 = 128 << 10;

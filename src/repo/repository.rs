@@ -216,6 +216,11 @@ impl Repository {
         Ok(self.index.live_count())
     }
 
+    /// Says where the repository lies, for messages.
+    pub fn place(&self) -> String {
+        self.storage.place()
+    }
+
     pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
         &self.storage
     }

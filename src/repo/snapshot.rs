@@ -104,7 +104,7 @@ pub struct WrittenPack {
     pub id: PackId,
     /// Its length in bytes.
     pub len: u64,
-    /// The BLAKE3 hash of its footer.
+    /// The BLAKE3 hash of its header and footer.
     pub footer_hash: [u8; 32],
 }
 

@@ -1,4 +1,9 @@
 //! The repository as a whole: round trips, maps against a model, damage, crashes, concurrency and scale.
 
+mod crash;
+mod damage;
+mod format_doc;
+mod map_model;
 mod round_trip;
+mod scale;
 mod support;

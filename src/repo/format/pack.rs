@@ -175,27 +175,31 @@ pub(crate) fn decode_footer(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PackTrailer {
     pub(crate) footer_len: u32,
-    pub(crate) footer_hash: [u8; 32],
-    /// The hash of all bytes before this field.
-    pub(crate) file_hash: [u8; 32],
+    /// The hash of header and footer; the footer's checksums vouch for the records between them.
+    pub(crate) hash: [u8; 32],
 }
 
 impl PackTrailer {
-    pub(crate) const LEN: usize = 76;
+    pub(crate) const LEN: usize = 44;
 
-    /// Writes the part that the file's hash covers.
-    pub(crate) fn encode_hashed(footer: &[u8]) -> ([u8; 32], Vec<u8>) {
-        let hash = *blake3::hash(footer).as_bytes();
-        let mut bytes = Vec::with_capacity(Self::LEN);
-        bytes.extend_from_slice(&(footer.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&hash);
-        (hash, bytes)
+    pub(crate) fn new(header: &[u8], footer: &[u8]) -> Self {
+        Self {
+            footer_len: footer.len() as u32,
+            hash: Self::hash_of(header, footer),
+        }
     }
 
-    /// Writes the rest.
-    pub(crate) fn encode_rest(file_hash: &[u8; 32]) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(40);
-        bytes.extend_from_slice(file_hash);
+    pub(crate) fn hash_of(header: &[u8], footer: &[u8]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(header);
+        hasher.update(footer);
+        *hasher.finalize().as_bytes()
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(Self::LEN);
+        bytes.extend_from_slice(&self.footer_len.to_le_bytes());
+        bytes.extend_from_slice(&self.hash);
         bytes.extend_from_slice(&END_MAGIC);
         bytes
     }
@@ -206,8 +210,7 @@ impl PackTrailer {
         let mut cursor = Cursor::starting_at(bytes, start);
         let trailer = Self {
             footer_len: cursor.u32("footer length")?,
-            footer_hash: cursor.array("footer hash")?,
-            file_hash: cursor.array("file hash")?,
+            hash: cursor.array("footer hash")?,
         };
         if cursor.array::<8>("end magic")? != END_MAGIC {
             return Err(DecodeError::corrupt(

@@ -231,3 +231,110 @@ const MERGE_AT: usize = 8;
 
 /// Levels grow by a factor of eight, so that this is never reached.
 const MAX_MERGE_LEVEL: u8 = 20;
+
+#[cfg(test)]
+mod tests {
+    use super::super::chunk::RecordFlags;
+    use super::super::storage::MemoryStorage;
+    use super::*;
+
+    /// Makes an identifier whose prefix is spread, or, for some, shares its filter key with others.
+    fn id(n: u32) -> [u8; 32] {
+        let mut id = *blake3::hash(&n.to_le_bytes()).as_bytes();
+        if n.is_multiple_of(5) {
+            let head = *blake3::hash(&(n / 1000).to_le_bytes()).as_bytes();
+            id[..8].copy_from_slice(&head[..8]);
+        }
+        id
+    }
+
+    fn pack(n: u32) -> (PackKind, PackId) {
+        let kind = match n.is_multiple_of(2) {
+            true => PackKind::Data,
+            false => PackKind::Meta,
+        };
+        (kind, PackId::from_bytes([n as u8; 16]))
+    }
+
+    fn place(n: u32, segment: u32) -> (PackKind, Place) {
+        let (kind, pack) = pack(segment * 3 + n % 3);
+        let place = Place {
+            pack,
+            offset: n * 2,
+            len: n % 0xff_ffff,
+            flags: RecordFlags::ZSTD,
+        };
+        (kind, place)
+    }
+
+    fn add(index: &Index, segment: u32, ids: std::ops::Range<u32>) {
+        let packs: Vec<_> = (0..3).map(|n| pack(segment * 3 + n)).collect();
+        let entries = ids.map(|n| {
+            let (_, place) = place(n, segment);
+            SegmentEntry {
+                prefix: format::prefix_of(&id(n)),
+                pack: n % 3,
+                offset: place.offset,
+                len: place.len,
+                flags: place.flags.0,
+            }
+        });
+        index.add(entries.collect(), &packs).unwrap();
+    }
+
+    #[test]
+    fn each_record_is_found_before_and_after_merging() {
+        const EACH: u32 = 25_000;
+        let storage = MemoryStorage::new();
+        let index = Index::new(Arc::new(storage.clone()));
+        for segment in 0..8 {
+            add(&index, segment, segment * EACH..(segment + 1) * EACH);
+        }
+        let check = |index: &Index| {
+            for n in (0..8 * EACH).step_by(7) {
+                let want = place(n, n / EACH);
+                assert_eq!(index.find(&id(n)).unwrap(), Some(want), "{n}");
+                assert_eq!(index.find_all(&id(n)).unwrap(), [want], "{n}");
+            }
+            for n in 8 * EACH..9 * EACH {
+                assert_eq!(index.find(&id(n)).unwrap(), None);
+            }
+        };
+        check(&index);
+        assert_eq!(index.merge(u64::from(8 * EACH) - 1).unwrap(), 0);
+        assert_eq!(index.merge(u64::MAX).unwrap(), 1);
+        assert_eq!(index.live_count(), 1);
+        check(&index);
+        // Another process sees the merged segment and leaves out what that supersedes, also without filters.
+        let fresh = Index::new(Arc::new(storage.clone()));
+        fresh.refresh().unwrap();
+        assert_eq!(fresh.live_count(), 1);
+        check(&fresh);
+        let (level, name) = fresh.live()[0].name();
+        let bare = Segment::open(&storage, (level, name), 0).unwrap();
+        assert_eq!(bare.filter_bytes(), 0);
+        fresh.set_live(vec![Arc::new(bare)]);
+        check(&fresh);
+        // Merging the same again writes the same file.
+        let files = storage.list("idx/").unwrap();
+        let other = Index::new(Arc::new(storage.clone()));
+        storage.remove(&format::file_name(level, &name)).unwrap();
+        assert_eq!(other.merge(u64::MAX).unwrap(), 1);
+        assert_eq!(storage.list("idx/").unwrap(), files);
+    }
+
+    #[test]
+    fn all_places_of_one_record_are_kept_by_a_merge() {
+        let storage = MemoryStorage::new();
+        let index = Index::new(Arc::new(storage));
+        for segment in 0..8 {
+            add(&index, segment, 0..300);
+        }
+        index.merge(u64::MAX).unwrap();
+        let found = index.find_all(&id(7)).unwrap();
+        assert_eq!(found.len(), 8);
+        for segment in 0..8 {
+            assert!(found.contains(&place(7, segment)));
+        }
+    }
+}

@@ -232,10 +232,11 @@ impl MapWriter {
         open.slots.fill(None);
         open.used = false;
         let id = node.id(self.nodes.keys());
-        // What did not change is in the parent map, whatever the index knows.
+        // What did not change is in the parent map, whatever the index knows. A parent that cannot be read here
+        // costs no more than a node that is stored again.
         let kept = match &mut self.parent {
-            Some(parent) => match parent.walker.child_at(last, level + 1)? {
-                Found::Child(child) if child.id == *id.as_bytes() => Some(child),
+            Some(parent) => match parent.walker.child_at(last, level + 1) {
+                Ok(Found::Child(child)) if child.id == *id.as_bytes() => Some(child),
                 _ => None,
             },
             None => None,

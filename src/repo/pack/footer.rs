@@ -24,9 +24,9 @@ pub(crate) fn read_footer(
     if len < least {
         return Err(RepoError::corrupt(file, len, "a pack is longer"));
     }
-    let mut header = [0; PackHeader::LEN];
-    storage.read_at(&file, 0, &mut header)?;
-    let header = PackHeader::decode(&header, kind).map_err(|e| e.in_file(&file))?;
+    let mut head = [0; PackHeader::LEN];
+    storage.read_at(&file, 0, &mut head)?;
+    let header = PackHeader::decode(&head, kind).map_err(|e| e.in_file(&file))?;
     if header.pack != pack || header.repo != repo {
         let what = format!("it is pack {} of repository {}", header.pack, header.repo);
         return Err(RepoError::corrupt(file, 0, what));
@@ -36,7 +36,7 @@ pub(crate) fn read_footer(
     let (trailer, footer_at) = PackTrailer::decode(&trailer, len).map_err(|e| e.in_file(&file))?;
     let mut footer = vec![0; trailer.footer_len as usize];
     storage.read_at(&file, footer_at, &mut footer)?;
-    if blake3::hash(&footer) != blake3::Hash::from(trailer.footer_hash) {
+    if PackTrailer::hash_of(&head, &footer) != trailer.hash {
         return Err(RepoError::corrupt(
             file,
             footer_at,

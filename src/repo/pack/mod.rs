@@ -219,7 +219,6 @@ impl Packs {
             header,
             number,
             file: self.storage.create()?,
-            hasher: blake3::Hasher::new(),
             len: 0,
             entries: Vec::new(),
         };
@@ -241,7 +240,6 @@ struct OpenPack {
     /// The pack's place in the session's table of packs.
     number: u32,
     file: Box<dyn NewFile>,
-    hasher: blake3::Hasher,
     len: u32,
     entries: Vec<FooterEntry>,
 }
@@ -249,7 +247,6 @@ struct OpenPack {
 impl OpenPack {
     fn write(&mut self, bytes: &[u8]) -> Result<(), RepoError> {
         self.file.write(bytes)?;
-        self.hasher.update(bytes);
         // A pack is closed at its target, at most 1 GiB, and a record or a footer adds a few MiB.
         self.len += bytes.len() as u32;
         Ok(())
@@ -258,18 +255,16 @@ impl OpenPack {
     /// Writes the footer and the trailer, makes the file durable and publishes it.
     fn seal(mut self) -> Result<WrittenPack, RepoError> {
         let footer = encode_footer(&self.entries);
+        let trailer = PackTrailer::new(&self.header.encode(), &footer);
         self.write(&footer)?;
-        let (footer_hash, hashed) = PackTrailer::encode_hashed(&footer);
-        self.write(&hashed)?;
-        let file_hash = *self.hasher.finalize().as_bytes();
-        self.write(&PackTrailer::encode_rest(&file_hash))?;
+        self.write(&trailer.encode())?;
         let PackHeader { kind, pack, .. } = self.header;
         self.file.publish(&kind.file_name(&pack))?;
         Ok(WrittenPack {
             kind,
             id: pack,
             len: self.len.into(),
-            footer_hash,
+            footer_hash: trailer.hash,
         })
     }
 }

@@ -102,6 +102,8 @@ impl Storage for LocalStorage {
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => continue,
+                // Without locks a sweep cannot tell what is left over, and takes nothing.
+                Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => {}
                 Err(TryLockError::Error(e)) => {
                     return Err(StorageError::from_io("lock", &shown, e));
                 }
@@ -215,12 +217,15 @@ impl Storage for LocalStorage {
             let shown = path.display().to_string();
             let file = match File::open(&path) {
                 Ok(file) => file,
+                // Gone by now, or another user's, who sweeps it.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => continue,
                 Err(e) => return Err(StorageError::from_io("open", &shown, e)),
             };
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => continue,
+                Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => continue,
                 Err(TryLockError::Error(e)) => {
                     return Err(StorageError::from_io("lock", &shown, e));
                 }
