@@ -65,29 +65,26 @@ impl Disk {
             .map(move |run| run.map_err(|e| self.unrestorable(chunks.clone(), e)))
     }
 
-    /// The whole disk in order, its chunks in batches that one read of a pack brings.
-    pub(super) fn pieces(&self) -> impl Iterator<Item = Result<Piece, EngineError>> {
-        let mut runs = self.runs(0..self.geometry.chunks());
+    /// Some chunks as zeros, and as batches that one read of a pack brings; in nearly the disk's order.
+    pub(super) fn pieces(
+        &self,
+        chunks: Range<u64>,
+    ) -> impl Iterator<Item = Result<Piece, EngineError>> {
+        let mut runs = self.runs(chunks);
         let mut batcher = Batcher::default();
-        let mut next = None;
+        let mut last = None;
         std::iter::from_fn(move || {
-            if let Some(zeros) = next.take() {
-                return Some(Ok(zeros));
-            }
             loop {
                 match runs.next() {
-                    None => return batcher.finish().map(|batch| Ok(Piece::Data(batch))),
+                    None => {
+                        return last
+                            .get_or_insert_with(|| batcher.finish())
+                            .next()
+                            .map(|b| Ok(Piece::Data(b)));
+                    }
                     Some(Err(error)) => return Some(Err(error)),
                     Some(Ok(Run::Hole { chunks })) => {
-                        let zeros = Piece::Zeros(self.geometry.bytes(&chunks));
-                        // The chunks before the hole come first.
-                        return Some(Ok(match batcher.finish() {
-                            None => zeros,
-                            Some(batch) => {
-                                next = Some(zeros);
-                                Piece::Data(batch)
-                            }
-                        }));
+                        return Some(Ok(Piece::Zeros(self.geometry.bytes(&chunks))));
                     }
                     Some(Ok(Run::Chunk { number, entry })) => {
                         let plain_len = self.chunk_len(number);
@@ -155,7 +152,7 @@ impl Disk {
             snapshot: self.snapshot.clone(),
             disk: self.name.clone(),
             range: self.geometry.bytes(&chunks),
-            cause,
+            cause: Box::new(cause),
         }
     }
 }

@@ -79,7 +79,7 @@ pub enum EngineError {
         range: ByteRange,
         /// Why.
         #[source]
-        cause: RepoError,
+        cause: Box<RepoError>,
     },
     /// The repository failed or is damaged.
     #[error("repository {path}")]
@@ -88,7 +88,7 @@ pub enum EngineError {
         path: String,
         /// Why.
         #[source]
-        cause: RepoError,
+        cause: Box<RepoError>,
     },
     /// The restore's target exists and may not be overwritten.
     #[error("target {0} exists; --force overwrites it")]
@@ -126,7 +126,7 @@ pub(crate) fn repository(path: &str) -> impl Fn(RepoError) -> EngineError + Clon
     let path = path.to_owned();
     move |cause| EngineError::Repository {
         path: path.clone(),
-        cause,
+        cause: Box::new(cause),
     }
 }
 
@@ -169,7 +169,7 @@ impl EngineError {
         let (Self::Repository { cause, .. } | Self::Unrestorable { cause, .. }) = self else {
             return None;
         };
-        Some(match cause {
+        Some(match **cause {
             RepoError::NotARepository { .. } => RepoFault::NotFound,
             RepoError::NotEmpty { .. } => RepoFault::Exists,
             RepoError::Corrupt { .. } | RepoError::Missing { .. } | RepoError::Lost { .. } => {

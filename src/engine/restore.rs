@@ -95,54 +95,35 @@ fn write_pieces(
     target: &str,
     observer: &dyn Observer,
 ) -> Result<(u64, u64), EngineError> {
-    let failed = |range: ByteRange| {
-        move |cause: io::Error| EngineError::Target {
-            path: target.to_owned(),
-            doing: format!("writing {range}"),
-            cause: cause.into(),
-        }
+    let mut writing = Writing {
+        sink,
+        target,
+        observer,
+        workers: Workers::start(),
+        progress: Progress {
+            disk: disk.name().to_owned(),
+            total_bytes: disk.geometry().size_bytes,
+            ..Progress::default()
+        },
+        zeros: 0,
     };
-    let workers = Workers::start();
-    let (mut data, mut zeros) = (0, 0);
-    let mut progress = Progress {
-        disk: disk.name().to_owned(),
-        total_bytes: disk.geometry().size_bytes,
-        ..Progress::default()
-    };
-    let mut pieces = disk.pieces();
-    let at_once = if sink.in_order() { IN_ORDER } else { ANY_ORDER };
-    loop {
-        let group: Vec<Piece> = pieces.by_ref().take(at_once).collect::<Result<_, _>>()?;
-        if group.is_empty() {
-            break;
+    let chunks = disk.geometry().chunks();
+    if sink.in_order() {
+        let window = (WINDOW / disk.geometry().chunk_bytes).max(1);
+        for first in (0..chunks).step_by(window as usize) {
+            let pieces = disk
+                .pieces(first..(first + window).min(chunks))
+                .collect::<Result<Vec<_>, _>>()?;
+            writing.in_order(disk, &pieces)?;
         }
-        let ready = workers.install(|| {
-            group
-                .par_iter()
-                .map_init(ReadBuffers::default, |buffers, piece| {
-                    read_piece(disk, sink, piece, buffers, &failed)
-                })
-                .collect::<Result<Vec<Ready>, EngineError>>()
-        })?;
-        for piece in ready {
-            match piece {
-                Ready::Zeros(range) => {
-                    sink.zero(range).map_err(failed(range))?;
-                    zeros += range.len();
-                    progress.done_bytes += range.len();
-                }
-                Ready::Written(bytes) => {
-                    data += bytes;
-                    progress.done_bytes += bytes;
-                }
-                Ready::Waits(range, bytes) => {
-                    sink.write(&bytes, range.start()).map_err(failed(range))?;
-                    data += range.len();
-                    progress.done_bytes += range.len();
-                }
+    } else {
+        let mut pieces = disk.pieces(0..chunks);
+        loop {
+            let group = pieces.by_ref().take(GROUP).collect::<Result<Vec<_>, _>>()?;
+            if group.is_empty() {
+                break;
             }
-            progress.moved_bytes = data;
-            observer.observe(Event::Progress(progress.clone()));
+            writing.at_once(disk, &group)?;
         }
     }
     sink.finish().map_err(|cause| EngineError::Target {
@@ -150,46 +131,105 @@ fn write_pieces(
         doing: "making it durable".to_owned(),
         cause: cause.into(),
     })?;
-    Ok((data, zeros))
+    Ok((writing.progress.moved_bytes, writing.zeros))
 }
 
-/// A piece that was read.
-enum Ready {
-    Zeros(ByteRange),
-    /// So many bytes are at their place.
-    Written(u64),
-    /// Bytes that wait for their turn.
-    Waits(ByteRange, Vec<u8>),
+/// A range, and its bytes unless they are zeros.
+type Part = (ByteRange, Option<Vec<u8>>);
+
+struct Writing<'a> {
+    sink: &'a Sink,
+    target: &'a str,
+    observer: &'a dyn Observer,
+    workers: Workers,
+    progress: Progress,
+    zeros: u64,
 }
 
-/// Reads a piece, and writes it where the sink takes pieces in any order.
-fn read_piece<F: FnOnce(io::Error) -> EngineError>(
-    disk: &Disk,
-    sink: &Sink,
-    piece: &Piece,
-    buffers: &mut ReadBuffers,
-    failed: &impl Fn(ByteRange) -> F,
-) -> Result<Ready, EngineError> {
-    let batch = match piece {
-        Piece::Zeros(range) => return Ok(Ready::Zeros(*range)),
-        Piece::Data(batch) => batch,
-    };
-    if !sink.in_order() {
-        let mut written = 0;
-        disk.read(batch, buffers, |range, bytes| {
-            written += range.len();
-            sink.write(bytes, range.start()).map_err(failed(range))
-        })?;
-        return Ok(Ready::Written(written));
-    }
-    let mut all: Option<ByteRange> = None;
-    let mut waits = Vec::new();
-    disk.read(batch, buffers, |range, bytes| {
-        all = ByteRange::new(all.map_or(range.start(), ByteRange::start), range.end());
-        waits.extend_from_slice(bytes);
+impl Writing<'_> {
+    /// Writes pieces in any order, each by the thread that has read it.
+    fn at_once(&mut self, disk: &Disk, pieces: &[Piece]) -> Result<(), EngineError> {
+        let write = |buffers: &mut ReadBuffers, piece: &Piece| {
+            let (mut data, mut zeros) = (0, 0);
+            match piece {
+                Piece::Zeros(range) => {
+                    zeros = range.len();
+                    self.sink.zero(*range).map_err(|e| self.failed(*range, e))?;
+                }
+                Piece::Data(batch) => disk.read(batch, buffers, |range, bytes| {
+                    data += range.len();
+                    self.sink
+                        .write(bytes, range.start())
+                        .map_err(|e| self.failed(range, e))
+                })?,
+            }
+            Ok((data, zeros))
+        };
+        let written: Result<Vec<(u64, u64)>, EngineError> = self.workers.install(|| {
+            pieces
+                .par_iter()
+                .map_init(ReadBuffers::default, write)
+                .collect()
+        });
+        for (data, zeros) in written? {
+            self.count(data, zeros);
+        }
         Ok(())
-    })?;
-    Ok(Ready::Waits(all.unwrap_or(ByteRange::first(0)), waits))
+    }
+
+    /// Reads the pieces of a window at once, then writes them in the disk's order.
+    fn in_order(&mut self, disk: &Disk, pieces: &[Piece]) -> Result<(), EngineError> {
+        let read = |buffers: &mut ReadBuffers, piece: &Piece| {
+            let mut parts = Vec::new();
+            match piece {
+                Piece::Zeros(range) => parts.push((*range, None)),
+                Piece::Data(batch) => disk.read(batch, buffers, |range, bytes| {
+                    parts.push((range, Some(bytes.to_vec())));
+                    Ok(())
+                })?,
+            }
+            Ok(parts)
+        };
+        let parts: Result<Vec<Vec<Part>>, EngineError> = self.workers.install(|| {
+            pieces
+                .par_iter()
+                .map_init(ReadBuffers::default, read)
+                .collect()
+        });
+        let mut parts: Vec<_> = parts?.into_iter().flatten().collect();
+        parts.sort_by_key(|(range, _)| range.start());
+        for (range, bytes) in parts {
+            match bytes {
+                None => {
+                    self.sink.zero(range).map_err(|e| self.failed(range, e))?;
+                    self.count(0, range.len());
+                }
+                Some(bytes) => {
+                    self.sink
+                        .write(&bytes, range.start())
+                        .map_err(|e| self.failed(range, e))?;
+                    self.count(range.len(), 0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, data: u64, zeros: u64) {
+        self.zeros += zeros;
+        self.progress.moved_bytes += data;
+        self.progress.done_bytes += data + zeros;
+        self.observer
+            .observe(Event::Progress(self.progress.clone()));
+    }
+
+    fn failed(&self, range: ByteRange, cause: io::Error) -> EngineError {
+        EngineError::Target {
+            path: self.target.to_owned(),
+            doing: format!("writing {range}"),
+            cause: cause.into(),
+        }
+    }
 }
 
 /// Lets `qemu-img` copy the disk from an embedded server on a private socket.
@@ -206,10 +246,11 @@ async fn to_image(
     let zeros: u64 = {
         let disk = disk.clone();
         blocking(move || {
-            disk.pieces().try_fold(0, |sum, piece| match piece? {
-                Piece::Zeros(range) => Ok::<u64, EngineError>(sum + range.len()),
-                Piece::Data(_) => Ok(sum),
-            })
+            disk.pieces(0..disk.geometry().chunks())
+                .try_fold(0, |sum, piece| match piece? {
+                    Piece::Zeros(range) => Ok::<u64, EngineError>(sum + range.len()),
+                    Piece::Data(_) => Ok(sum),
+                })
         })
         .await??
     };
@@ -230,6 +271,6 @@ async fn to_image(
 }
 
 /// Pieces under way at once where each is written as soon as it is read.
-const ANY_ORDER: usize = 64;
-/// The same where they wait for each other in memory, each of 16 MiB at most.
-const IN_ORDER: usize = 4;
+const GROUP: usize = 64;
+/// The bytes under way at once where they wait for each other in memory.
+const WINDOW: u64 = 16 << 20;

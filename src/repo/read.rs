@@ -90,7 +90,7 @@ impl Batcher {
     }
 
     /// Returns the batches that are still open.
-    pub fn finish(&mut self) -> impl Iterator<Item = ReadBatch> {
+    pub fn finish(&mut self) -> impl Iterator<Item = ReadBatch> + use<> {
         std::mem::take(&mut self.open).into_iter()
     }
 }

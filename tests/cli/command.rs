@@ -159,7 +159,7 @@ fn info_tells_what_an_export_offers() {
             .as_array()
             .unwrap()
             .iter()
-            .map(|e| number(e, "length"))
+            .map(|e| number(e, "length_bytes"))
             .sum();
         assert_eq!(covered, 8 * MIB, "{}", map["context"]);
     }

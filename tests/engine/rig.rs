@@ -13,14 +13,14 @@ use nbdbackup::repo::{ChunkSize, InitOptions, MemoryStorage, Repository};
 use tempfile::TempDir;
 
 /// One machine with one disk.
-pub struct Rig {
-    pub disk: Arc<MemoryDisk>,
-    pub catalog: Catalog,
+pub(crate) struct Rig {
+    pub(crate) disk: Arc<MemoryDisk>,
+    pub(crate) catalog: Catalog,
     folder: TempDir,
 }
 
 /// A generator of random numbers that a seed tells all of.
-pub struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 struct Silent;
 
@@ -29,12 +29,12 @@ impl Observer for Silent {
 }
 
 impl Rig {
-    pub async fn new(rng: &mut Rng) -> Self {
+    pub(crate) async fn new(rng: &mut Rng) -> Self {
         let size = 1 + rng.below(24 * CHUNK) as usize;
         Self::of_size(size)
     }
 
-    pub fn of_size(size: usize) -> Self {
+    pub(crate) fn of_size(size: usize) -> Self {
         let options = InitOptions {
             chunk_size: ChunkSize::new(CHUNK as u32).unwrap(),
             ..InitOptions::default()
@@ -48,7 +48,7 @@ impl Rig {
     }
 
     /// Changes the disk at random: mostly writes, some zeros, discards, growth, and rarely shrinking.
-    pub fn change(&self, rng: &mut Rng, can_grow: bool) {
+    pub(crate) fn change(&self, rng: &mut Rng, can_grow: bool) {
         let size = self.disk.bytes().len() as u64;
         let range = |rng: &mut Rng| {
             let start = rng.below(size);
@@ -73,7 +73,7 @@ impl Rig {
     }
 
     /// Backs the disk up: in full, or following a bitmap.
-    pub async fn backup(
+    pub(crate) async fn backup(
         &self,
         follow: Option<&str>,
         starts: &[&str],
@@ -86,7 +86,7 @@ impl Rig {
         self.backup_with(follow, starts).await
     }
 
-    pub async fn backup_with(
+    pub(crate) async fn backup_with(
         &self,
         follow: Option<Follow>,
         starts: &[&str],
@@ -131,7 +131,7 @@ impl Rig {
     }
 
     /// Restores a snapshot to a file and returns its bytes.
-    pub async fn restore(&self, snapshot: &str) -> Result<Vec<u8>, EngineError> {
+    pub(crate) async fn restore(&self, snapshot: &str) -> Result<Vec<u8>, EngineError> {
         let path: PathBuf = self.folder.path().join("restored");
         let request = RestoreRequest {
             snapshot: snapshot.to_owned(),
@@ -147,12 +147,12 @@ impl Rig {
 }
 
 impl Rng {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x0123_4567_89ab_cdef)
     }
 
     /// A number below `limit`, which is not zero; the xorshift generator is plenty for choosing tests.
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -160,4 +160,4 @@ impl Rng {
     }
 }
 
-pub const CHUNK: u64 = 64 << 10;
+pub(crate) const CHUNK: u64 = 64 << 10;

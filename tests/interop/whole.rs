@@ -217,8 +217,9 @@ fn read_error_on_which_qemu_nbd_hangs_up_is_a_source_failure() {
     let server = Server::qemu_nbd(&lab.socket(), "vda", &["--image-opts", &options]);
     let error = lab.try_backup("full", server.uri(), &[]).error(22);
     let message = text(&error, "message");
+    // With the connection gone, which of the reads under way was the bad one is not known.
     assert!(
-        message.contains("vda") && named_range(&message).contains(&(5 * MIB)),
+        message.contains("vda") && named_range(&message).start < 64 * MIB,
         "{message}"
     );
     assert!(lab.snapshots().is_empty());

@@ -40,7 +40,10 @@ const NOT_SANS_IO: &[&str] = &[
 fn file_names_only_what_lies_beneath_it() {
     let mut faults = Vec::new();
     for (file, text) in sources() {
-        let Some((place, may)) = LAYERS.iter().find(|(place, _)| file.starts_with(place)) else {
+        let Some((place, may)) = LAYERS
+            .iter()
+            .find(|(place, _)| file == *place || file.starts_with(&format!("{place}/")))
+        else {
             faults.push(format!("{file} stands in no layer of the table"));
             continue;
         };

@@ -38,7 +38,7 @@ pub(crate) struct OpenSource {
 
 enum Keeper {
     Elsewhere,
-    Process(QemuNbd),
+    Process(Box<QemuNbd>),
     Embedded(JoinHandle<()>),
 }
 
@@ -182,7 +182,7 @@ impl SourceSpec {
                     match Client::connect(&uri, &options).await {
                         Ok(client) => Ok(OpenSource {
                             client,
-                            keeper: Keeper::Process(process),
+                            keeper: Keeper::Process(Box::new(process)),
                         }),
                         Err(error) => Err(self.refused(process, error).await),
                     }

@@ -2,6 +2,7 @@
 
 mod connection;
 mod error;
+mod memory;
 mod reply;
 mod requests;
 mod source;
@@ -19,6 +20,7 @@ use super::session::server::{Catalog, Offer, OfferError};
 use super::transport::{Listener, Stream};
 
 pub use error::ServeError;
+pub use memory::MemoryDisk;
 pub use source::{ExportSource, NbdError, SourceRead};
 
 /// How a server behaves.
