@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nbdbackup::repo::{MemoryStorage, RepoError, Repository, SnapshotId, Storage};
+use nbdbackup::repo::{MemoryStorage, PackKind, RepoError, Repository, SnapshotId, Storage};
 
 use crate::support::*;
 
@@ -43,6 +43,12 @@ fn read_all(sample: &Sample, storage: &MemoryStorage, what: &str) -> usize {
         list.snapshots.len() + list.unreadable.len(),
         storage.list("snap/").unwrap().len(),
         "{what}: a snapshot is neither listed nor reported"
+    );
+    let ids: std::collections::HashSet<_> = list.snapshots.iter().map(|s| s.id).collect();
+    assert_eq!(
+        ids.len(),
+        list.snapshots.len(),
+        "{what}: one snapshot under two names"
     );
     let mut good = 0;
     for snapshot in &list.snapshots {
@@ -161,6 +167,65 @@ fn lost_index_is_rebuilt_from_the_packs_alone() {
     assert_eq!(repo.rebuild_index().unwrap().packs, 0);
     for (_, disk) in &sample.disks {
         assert_eq!(backup(&repo, disk).unwrap().packs, []);
+    }
+}
+
+#[test]
+fn damaged_footer_is_never_taken_into_the_index() {
+    let sample = sample();
+    for folder in ["packs/", "meta/"] {
+        let file = sample.storage.list(folder).unwrap().remove(0);
+        let good = sample.storage.read(&file.name, u64::MAX).unwrap();
+        let trailer = good.len() - 44;
+        let footer_len: [u8; 4] = good[trailer..trailer + 4].try_into().unwrap();
+        let footer = trailer - u32::from_le_bytes(footer_len) as usize;
+        for at in (0..72).chain(footer..good.len()) {
+            let damaged = copy(&sample.storage);
+            for file in damaged.list("idx/").unwrap() {
+                damaged.remove(&file.name).unwrap();
+            }
+            let mut bytes = good.clone();
+            bytes[at] ^= 1 << (at % 8);
+            damaged.damage(&file.name, bytes);
+            let repo = Repository::open(Arc::new(damaged)).unwrap();
+            let rebuilt = repo.rebuild_index().unwrap();
+            assert_eq!(rebuilt.unreadable.len(), 1, "{folder} at {at}");
+            assert_eq!(rebuilt.unreadable[0].0, file.name);
+        }
+    }
+}
+
+#[test]
+fn children_moved_within_a_map_node_are_seen() {
+    let sample = sample();
+    let damaged = copy(&sample.storage);
+    for file in damaged.list("meta/").unwrap() {
+        let mut bytes = damaged.read(&file.name, u64::MAX).unwrap();
+        // The first node's presence bits: chunks 0, 1 and 3 become 0, 2 and 3.
+        assert_eq!(bytes[72 + 4], 0b1011);
+        bytes[72 + 4] = 0b1101;
+        damaged.damage(&file.name, bytes);
+    }
+    assert_eq!(read_all(&sample, &damaged, "moved"), 0);
+}
+
+#[test]
+fn lost_chunks_are_found_elsewhere_once_they_were_stored_again() {
+    let sample = sample();
+    let storage = copy(&sample.storage);
+    for file in storage.list("packs/").unwrap() {
+        storage.remove(&file.name).unwrap();
+    }
+    let repo = Repository::open(Arc::new(storage.clone())).unwrap();
+    assert!(restore(&repo, &sample.disks[0].0).is_err());
+    // The maps are known and stay as they are, with their stale hints.
+    for (_, disk) in &sample.disks {
+        let again = backup(&repo, disk).unwrap();
+        let kinds: Vec<_> = again.packs.iter().map(|p| p.kind).collect();
+        assert_eq!(kinds, [PackKind::Data]);
+    }
+    for (id, disk) in &sample.disks {
+        assert!(restore(&repo, id).unwrap() == *disk, "not healed");
     }
 }
 

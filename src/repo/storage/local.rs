@@ -423,6 +423,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let storage = LocalStorage::open(dir.path()).unwrap();
         new_file(&storage, b"one", "a/b/c").unwrap();
+        assert_eq!(lock(&storage.folders.state).changed.len(), 3);
+        storage.barrier().unwrap();
         let again = new_file(&storage, b"two", "a/b/c");
         assert!(
             matches!(again, Err(StorageError::Exists { .. })),
@@ -430,7 +432,10 @@ mod tests {
         );
         assert_eq!(storage.read("a/b/c", 10).unwrap(), b"one");
         assert_eq!(fs::read_dir(dir.path().join(TMP)).unwrap().count(), 0);
+        // Somebody else's file may not be durable yet, and is relied on.
+        assert_eq!(lock(&storage.folders.state).changed.len(), 1);
         storage.barrier().unwrap();
+        assert!(lock(&storage.folders.state).changed.is_empty());
     }
 
     #[test]
