@@ -33,6 +33,18 @@ impl Default for Answers {
 }
 
 impl Answers {
+    /// The options that have an answer besides a refusal.
+    pub(super) const SUPPORTED: &[OptionCode] = &[
+        OptionCode::EXPORT_NAME,
+        OptionCode::ABORT,
+        OptionCode::LIST,
+        OptionCode::INFO,
+        OptionCode::GO,
+        OptionCode::STRUCTURED_REPLY,
+        OptionCode::LIST_META_CONTEXT,
+        OptionCode::SET_META_CONTEXT,
+    ];
+
     pub(super) const fn dialect(&self) -> Dialect {
         self.dialect
     }

@@ -199,7 +199,7 @@ impl Drain {
             Answers::acknowledge(OptionCode::ABORT, out)?;
             return Ok(Step::Close);
         }
-        let code = match OptionCode::KNOWN.contains(&self.option) {
+        let code = match Answers::SUPPORTED.contains(&self.option) {
             true => OptionReplyCode::ERR_TOO_BIG,
             false => OptionReplyCode::ERR_UNSUP,
         };
