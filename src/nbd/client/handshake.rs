@@ -3,8 +3,8 @@
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::super::session::client::{
-    Abort, AskExport, AwaitExportName, AwaitGreeting, ExportDetails, Heard, NotFixed, Opened,
-    OptionCall, Options, SetContexts, StructuredReply,
+    Abort, AskExport, AwaitExportName, AwaitGreeting, ExportDetails, ExtendedHeaders, Heard,
+    NotFixed, Opened, OptionCall, Options, SetContexts, StructuredReply,
 };
 use super::super::session::{PeerIncompatible, Refused};
 use super::super::wire::{Dialect, MetaContext, OptionCode, OptionReplyCode};
@@ -34,11 +34,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
             Opened::Fixed(options) => options,
             Opened::NotFixed(state) => return self.agree_unfixed(state, export).await,
         };
-        let structured;
-        (options, structured) = self.call(options, StructuredReply).await?;
+        options = self.modern(options).await?;
         let mut granted = Vec::new();
         // The choice of contexts has to be the last option before GO and name the same export: some servers drop it.
-        if structured.is_ok() && !contexts.is_empty() {
+        if options.dialect() != Dialect::Simple && !contexts.is_empty() {
             let answer;
             (options, answer) = self
                 .call(options, SetContexts::new(export, contexts))
@@ -52,7 +51,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
         let dialect = options.dialect();
         let details = match answer {
             Ok(details) => details,
-            Err(refused) if refused.code == OptionReplyCode::ERR_UNSUP => {
+            // Behind extended headers a server has to close at EXPORT_NAME, and knows GO.
+            Err(refused)
+                if refused.code == OptionReplyCode::ERR_UNSUP && dialect != Dialect::Extended =>
+            {
                 let mut out = Vec::new();
                 let wait = options.export_name(export, &mut out)?;
                 self.send(&out).await?;
@@ -68,6 +70,16 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
             dialect,
             contexts: granted,
         })
+    }
+
+    /// Asks for the newest headers that the server has; a refusal, whatever its code, means that it has them not.
+    pub(super) async fn modern(&mut self, options: Options) -> Result<Options, ClientErrorKind> {
+        let (options, extended) = self.call(options, ExtendedHeaders).await?;
+        if extended.is_ok() {
+            return Ok(options);
+        }
+        let (options, _) = self.call(options, StructuredReply).await?;
+        Ok(options)
     }
 
     /// Goes through the handshake to the state in which options may be sent.

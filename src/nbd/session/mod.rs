@@ -20,7 +20,9 @@ mod extent;
 mod fault;
 pub mod limits;
 pub mod server;
+mod zeroing;
 
 pub use block_size::BlockSize;
 pub use extent::{Extent, extents_of_reply};
 pub use fault::{PeerIncompatible, PeerMisbehaved, Refused, SessionError};
+pub use zeroing::Zeroing;
