@@ -312,6 +312,63 @@ fn index_of_an_encrypted_repository_is_rebuilt() {
     session.commit(draft).unwrap();
 }
 
+#[test]
+fn sealed_bytes_are_what_the_page_on_the_format_says() {
+    use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+    let open = |key: &[u8], nonce: [u8; 12], aad: &[u8], sealed: &[u8]| {
+        let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key).unwrap());
+        let mut bytes = sealed.to_vec();
+        let nonce = Nonce::assume_unique_for_key(nonce);
+        let plain = key.open_in_place(nonce, Aad::from(aad), &mut bytes);
+        plain.unwrap().to_vec()
+    };
+    let (storage, repo) = new_encrypted_repo();
+    let disk = [5; CHUNK];
+    let id = backup(&repo, &disk).unwrap().id;
+    let slot = storage.read("keys/0", 1 << 20).unwrap();
+    let value = |file: &[u8], tag: u16| {
+        let mut at = 20;
+        loop {
+            let len = u32::from_le_bytes(file[at + 2..at + 6].try_into().unwrap()) as usize;
+            if file[at..at + 2] == tag.to_le_bytes() {
+                return file[at + 6..at + 6 + len].to_vec();
+            }
+            at += 6 + len;
+        }
+    };
+    let mut hasher = blake3::Hasher::new_derive_key("nbdbackup 2026-11 key file of a slot");
+    hasher.update(&value(&slot, 3)).update(&[9; 64]);
+    let wrapping = hasher.finalize();
+    let wrapped = value(&slot, 5);
+    let master = open(
+        wrapping.as_bytes(),
+        [0; 12],
+        b"nbdbackup master key",
+        &wrapped,
+    );
+
+    let file = storage.read(&format!("snap/{id}"), 1 << 20).unwrap();
+    let sealed = value(&file, 12);
+    let texts = blake3::derive_key("nbdbackup 2026-11 k_text snapshots and labels", &master);
+    let key = blake3::keyed_hash(&texts, &sealed[..16]);
+    let aad = [&b"snapshot"[..], id.as_bytes()].concat();
+    let fields = open(key.as_bytes(), [0; 12], &aad, &sealed[16..]);
+    assert_eq!(fields[..13], *b"\x04\0\x07\0\0\0machine");
+
+    let name = storage.list("packs/").unwrap().remove(0).name;
+    let pack = storage.read(&name, u64::MAX).unwrap();
+    let entry = &pack[pack.len() - 44 - 49..pack.len() - 44];
+    assert_eq!(entry[40], 0x11, "zstd, AES-256-GCM");
+    let len = u32::from_le_bytes(entry[36..40].try_into().unwrap()) as usize;
+    let data = blake3::derive_key("nbdbackup 2026-11 k_data chunks", &master);
+    let key = blake3::keyed_hash(&data, &pack[48..64]);
+    let aad = [&pack[16..32], &[0], &entry[..32]].concat();
+    let mut nonce = [0; 12];
+    nonce[0] = 72;
+    let frame = open(key.as_bytes(), nonce, &aad, &pack[72..72 + len]);
+    assert_eq!(frame[..4], [0x28, 0xb5, 0x2f, 0xfd], "a zstd frame");
+}
+
 fn cheap() -> PasswordCost {
     PasswordCost::new(1 << 10, 1).unwrap()
 }
