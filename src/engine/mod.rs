@@ -9,6 +9,7 @@ mod event;
 mod export;
 mod info;
 mod keys;
+mod nbd_target;
 mod outcome;
 mod plan;
 mod read_disk;

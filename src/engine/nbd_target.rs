@@ -54,10 +54,7 @@ impl NbdSink {
             .map_err(|e| failed("connecting", e.into()))?;
         let export = client.export();
         if export.flags.has(TransmissionFlags::READ_ONLY) {
-            return Err(failed(
-                "writing the disk",
-                "the export is read-only".into(),
-            ));
+            return Err(failed("writing the disk", "the export is read-only".into()));
         }
         if export.size_bytes < size_bytes {
             let why = format!(
@@ -133,11 +130,7 @@ impl NbdSink {
     }
 
     /// Starts work for which there is room for `bytes` more.
-    fn start<F>(
-        &self,
-        bytes: u64,
-        work: impl FnOnce(Arc<Shared>) -> F,
-    ) -> Result<(), ClientError>
+    fn start<F>(&self, bytes: u64, work: impl FnOnce(Arc<Shared>) -> F) -> Result<(), ClientError>
     where
         F: Future<Output = Result<(), ClientError>> + Send + 'static,
     {

@@ -18,6 +18,7 @@ mod block_size;
 pub mod client;
 mod extent;
 mod fault;
+pub mod fuzz;
 pub mod limits;
 pub mod server;
 mod zeroing;

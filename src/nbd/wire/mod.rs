@@ -17,6 +17,7 @@ mod bytes;
 mod chunk;
 mod codes;
 mod error;
+pub mod fuzz;
 mod greeting;
 mod info;
 mod meta;
