@@ -188,11 +188,12 @@ impl std::fmt::Debug for NbdSink {
     }
 }
 
-/// Whether the server says that all of a range reads as zeros; one that cannot tell says no.
+/// Whether all of a range reads as zeros, as far as the server says so and a short look at the rest shows.
 async fn reads_as_zeros(client: &Client, range: ByteRange) -> Result<bool, ClientError> {
     let Some(allocation) = client.export().context("base:allocation") else {
         return Ok(range.is_empty());
     };
+    let mut look = MOST_LOOKED_AT;
     let mut at = range.start();
     while at < range.end() {
         let rest = ByteRange::new(at, range.end()).unwrap_or(range);
@@ -200,8 +201,19 @@ async fn reads_as_zeros(client: &Client, range: ByteRange) -> Result<bool, Clien
         let Some(list) = lists.iter().find(|list| list.context == allocation) else {
             return Ok(false);
         };
+        for extent in list.extents.iter().filter(|e| e.flags & ZERO == 0) {
+            // A new raw file, for one, has its first block allocated.
+            look = match look.checked_sub(extent.range.len()) {
+                Some(left) => left,
+                None => return Ok(false),
+            };
+            let reply = client.read(extent.range, Vec::new()).await?;
+            if reply.data.iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+        }
         match list.end() {
-            Some(end) if end > at && list.extents.iter().all(|e| e.flags & ZERO != 0) => at = end,
+            Some(end) if end > at => at = end,
             _ => return Ok(false),
         }
     }
@@ -212,3 +224,5 @@ async fn reads_as_zeros(client: &Client, range: ByteRange) -> Result<bool, Clien
 const ROOM: u32 = 32 << 20;
 /// What the smallest request takes of them, so that there is a bound on requests, too.
 const LEAST: u32 = 64 << 10;
+/// The most bytes that are read to see whether they are zeros.
+const MOST_LOOKED_AT: u64 = 1 << 20;

@@ -144,6 +144,8 @@ pub struct Client {
     longest: u64,
     /// Whether a read that failed is made again.
     retries: bool,
+    /// Held by the one read that is made again in pieces.
+    care: Mutex<()>,
     /// Whether each read is to be answered in one chunk, since the server hung up at one.
     careful: AtomicBool,
 }
@@ -313,6 +315,7 @@ impl Client {
             bytes: Arc::new(Semaphore::new(most_bytes)),
             most_bytes,
             retries: !options.retry_time.is_zero(),
+            care: Mutex::new(()),
             careful: AtomicBool::new(false),
         })
     }

@@ -62,6 +62,8 @@ impl Client {
             let in_one = self.export.flags.has(TransmissionFlags::SEND_DF);
             self.careful.store(in_one, Ordering::Relaxed);
         }
+        // One at a time, so that no piece is blamed for a hang-up at another's.
+        let _alone = self.care.lock().await;
         let least = u64::from(self.export.block_size.min()).max(LEAST_PIECE);
         let (mut data, mut holes) = (Vec::new(), Vec::new());
         // Pieces that are still to be read, the first one last.
