@@ -59,15 +59,20 @@ impl Geometry {
 
 /// Folds the extents of one window of a disk into steps.
 ///
-/// Its memory depends on the window's size in chunks, never on how many extents the peer sends.
+/// Its memory depends on the window's size in chunks, never on how many extents the peer sends. A window that is clean
+/// or zero all over, of which a huge disk has many, costs no look at its chunks.
 #[derive(Debug)]
 pub struct WindowPlan {
     geometry: Geometry,
     chunks: Range<u64>,
     bytes: ByteRange,
-    dirty: Option<Vec<bool>>,
-    zero_bytes: Vec<u32>,
+    follows_bitmap: bool,
+    /// Whether each chunk is dirty; empty while none is marked.
+    dirty: Vec<bool>,
     dirty_bytes: u64,
+    /// The zeros in each chunk; empty while none are marked but `all_zero`.
+    zero_bytes: Vec<u32>,
+    all_zero: bool,
 }
 
 impl WindowPlan {
@@ -81,14 +86,15 @@ impl WindowPlan {
             bytes,
             "window is not cut at chunks"
         );
-        let count = (chunks.end - chunks.start) as usize;
         Self {
             geometry,
             chunks,
             bytes,
-            dirty: follows_bitmap.then(|| vec![false; count]),
-            zero_bytes: vec![0; count],
+            follows_bitmap,
+            dirty: Vec::new(),
             dirty_bytes: 0,
+            zero_bytes: Vec::new(),
+            all_zero: false,
         }
     }
 
@@ -98,11 +104,9 @@ impl WindowPlan {
             return;
         };
         self.dirty_bytes += range.len();
-        if let Some(dirty) = &mut self.dirty {
-            let chunks = self.geometry.chunks_of(range);
-            let first = self.chunks.start;
-            dirty[(chunks.start - first) as usize..(chunks.end - first) as usize].fill(true);
-        }
+        let (chunks, count) = (self.places(range), self.count());
+        self.dirty.resize(count, false);
+        self.dirty[chunks].fill(true);
     }
 
     /// Marks a range that reads as zeros; ranges must not overlap.
@@ -110,8 +114,14 @@ impl WindowPlan {
         let Some(range) = range.intersect(self.bytes) else {
             return;
         };
+        if range == self.bytes {
+            self.all_zero = true;
+            return;
+        }
+        let count = self.count();
+        self.zero_bytes.resize(count, 0);
         for piece in range.split(self.geometry.chunk_bytes) {
-            let at = (piece.start() / self.geometry.chunk_bytes - self.chunks.start) as usize;
+            let at = self.places(piece).start;
             self.zero_bytes[at] = self.zero_bytes[at].saturating_add(piece.len() as u32);
         }
     }
@@ -126,26 +136,46 @@ impl WindowPlan {
     /// A chunk is kept only when the bitmap calls all of it clean and its number is below `inheritable`.
     pub fn finish(self, inheritable: u64) -> Vec<Step> {
         let mut steps: Vec<Step> = Vec::new();
-        for (at, zero_bytes) in self.zero_bytes.iter().enumerate() {
-            let number = self.chunks.start + at as u64;
-            let clean = self.dirty.as_ref().is_some_and(|dirty| !dirty[at]);
+        let mut add = |chunks: Range<u64>, action| match steps.last_mut() {
+            _ if chunks.is_empty() => {}
+            Some(last) if last.action == action => last.chunks.end = chunks.end,
+            _ => steps.push(Step { chunks, action }),
+        };
+        let Range { start, end } = self.chunks;
+        let mut at = start;
+        if self.follows_bitmap && self.dirty.is_empty() {
+            at = inheritable.clamp(start, end);
+            add(start..at, Action::Keep);
+        }
+        if self.all_zero && (self.dirty.is_empty() || !self.follows_bitmap) {
+            add(at..end, Action::Zero);
+            at = end;
+        }
+        for number in at..end {
+            let place = (number - start) as usize;
+            let clean = self.follows_bitmap && !self.dirty.get(place).is_some_and(|dirty| *dirty);
             let len = self.geometry.bytes(&(number..number + 1)).len();
+            let zero_bytes = self.zero_bytes.get(place).map_or(0, |bytes| *bytes);
             let action = if clean && number < inheritable {
                 Action::Keep
-            } else if u64::from(*zero_bytes) >= len {
+            } else if self.all_zero || u64::from(zero_bytes) >= len {
                 Action::Zero
             } else {
                 Action::Read
             };
-            match steps.last_mut() {
-                Some(last) if last.action == action => last.chunks.end = number + 1,
-                _ => steps.push(Step {
-                    chunks: number..number + 1,
-                    action,
-                }),
-            }
+            add(number..number + 1, action);
         }
         steps
+    }
+
+    /// The places in the window of the chunks that hold any byte of a range.
+    fn places(&self, range: ByteRange) -> Range<usize> {
+        let chunks = self.geometry.chunks_of(range);
+        (chunks.start - self.chunks.start) as usize..(chunks.end - self.chunks.start) as usize
+    }
+
+    fn count(&self) -> usize {
+        (self.chunks.end - self.chunks.start) as usize
     }
 }
 
@@ -229,6 +259,44 @@ mod tests {
         assert_eq!(
             plan.finish(2),
             [step(0..2, Action::Keep), step(2..4, Action::Read)]
+        );
+    }
+
+    #[test]
+    fn window_that_is_all_of_one_kind_is_one_step_unless_the_parent_ends_in_it() {
+        let g = geometry(8 * CHUNK);
+        let window = range(2 * CHUNK, 8 * CHUNK);
+        for (follows, inheritable, want) in [
+            (true, 8, vec![step(2..8, Action::Keep)]),
+            (true, 9, vec![step(2..8, Action::Keep)]),
+            (true, 0, vec![step(2..8, Action::Zero)]),
+            (false, 8, vec![step(2..8, Action::Zero)]),
+            (
+                true,
+                5,
+                vec![step(2..5, Action::Keep), step(5..8, Action::Zero)],
+            ),
+        ] {
+            let mut plan = WindowPlan::new(g, window, follows);
+            plan.zero(range(0, 9 * CHUNK));
+            assert_eq!(plan.finish(inheritable), want, "{follows} {inheritable}");
+        }
+    }
+
+    #[test]
+    fn dirty_chunk_of_a_window_of_zeros_is_zero_and_the_rest_is_kept() {
+        let g = geometry(4 * CHUNK);
+        let mut plan = WindowPlan::new(g, ByteRange::first(4 * CHUNK), true);
+        plan.zero(ByteRange::first(4 * CHUNK));
+        plan.dirty(range(CHUNK, 2 * CHUNK));
+        assert_eq!(
+            plan.finish(3),
+            [
+                step(0..1, Action::Keep),
+                step(1..2, Action::Zero),
+                step(2..3, Action::Keep),
+                step(3..4, Action::Zero)
+            ]
         );
     }
 
