@@ -15,23 +15,14 @@ use super::{Catalog, DiskRecord, EngineError, Snapshot};
 use crate::nbd::server::{ExportSource, NbdError, SourceRead};
 use crate::nbd::session::Extent;
 use crate::range::ByteRange;
-use crate::repo::{ChunkId, Run};
+use crate::repo::Run;
 
 /// A read-only export with `base:allocation`.
 pub struct SnapshotExport {
     disk: Disk,
     description: String,
-    chunks: Arc<Cache<ChunkId, Bytes, ByLength>>,
+    chunks: Arc<Chunks>,
     fault: Arc<Mutex<Option<EngineError>>>,
-}
-
-#[derive(Clone)]
-struct ByLength;
-
-impl Weighter<ChunkId, Bytes> for ByLength {
-    fn weight(&self, _: &ChunkId, bytes: &Bytes) -> u64 {
-        bytes.len() as u64
-    }
 }
 
 impl SnapshotExport {
@@ -58,13 +49,11 @@ impl SnapshotExport {
             most -= 1;
         }
         description.truncate(most);
-        let chunk_bytes = disk.geometry().chunk_bytes;
-        let items = (CACHE_BYTES / chunk_bytes) as usize;
-        let chunks = Arc::new(Cache::with_weighter(items, CACHE_BYTES, ByLength));
+        let chunks = Chunks::new(disk.geometry().chunk_bytes);
         Self {
             disk,
             description,
-            chunks,
+            chunks: Arc::new(chunks),
             fault: Arc::default(),
         }
     }
@@ -89,6 +78,10 @@ impl ExportSource for SnapshotExport {
     }
 
     fn read(&self, range: ByteRange, buf: Vec<u8>) -> BoxFuture<'_, Result<SourceRead, NbdError>> {
+        let buf = match self.chunks.read(self.disk.geometry(), range, buf) {
+            Ok(read) => return std::future::ready(Ok(read)).boxed(),
+            Err(buf) => buf,
+        };
         let disk = self.disk.clone();
         let chunks = Arc::clone(&self.chunks);
         let fault = Arc::clone(&self.fault);
@@ -121,7 +114,7 @@ impl ExportSource for SnapshotExport {
 
 fn read(
     disk: &Disk,
-    cache: &Cache<ChunkId, Bytes, ByLength>,
+    chunks: &Chunks,
     range: ByteRange,
     buf: Vec<u8>,
 ) -> Result<SourceRead, EngineError> {
@@ -135,20 +128,9 @@ fn read(
         match run {
             Run::Hole { .. } => read.push_hole(wanted.len()),
             Run::Chunk { number, entry } => {
-                let bytes = match cache.get(&entry.id) {
-                    Some(bytes) => bytes,
-                    None => {
-                        let bytes = Bytes::from(disk.read_chunk(number, &entry)?);
-                        cache.insert(entry.id, bytes.clone());
-                        bytes
-                    }
-                };
-                let start = geometry.bytes(&(number..number + 1)).start();
-                let (from, to) = (
-                    (wanted.start() - start) as usize,
-                    (wanted.end() - start) as usize,
-                );
-                read.push_shared(bytes.slice(from..to));
+                let bytes =
+                    chunks.find_or(number, |plain| disk.read_chunk(number, &entry, plain))?;
+                read.push_shared(within(geometry, number, &bytes, wanted));
             }
         }
     }
@@ -187,6 +169,118 @@ fn bytes_of(run: &Run, geometry: Geometry) -> ByteRange {
     }
 }
 
+/// The part of a chunk's bytes that lies in a range, which holds some of the chunk.
+fn within(geometry: Geometry, number: u64, bytes: &Bytes, range: ByteRange) -> Bytes {
+    let start = geometry.bytes(&(number..number + 1)).start();
+    let from = range.start().saturating_sub(start) as usize;
+    let to = (range.end() - start).min(bytes.len() as u64) as usize;
+    bytes.slice(from..to)
+}
+
+/// The chunks that were read last, by their numbers.
+struct Chunks {
+    kept: Cache<u64, Bytes, ByLength>,
+    free: Arc<Free>,
+}
+
+#[derive(Clone)]
+struct ByLength;
+
+impl Weighter<u64, Bytes> for ByLength {
+    fn weight(&self, _: &u64, bytes: &Bytes) -> u64 {
+        bytes.len() as u64
+    }
+}
+
+impl Chunks {
+    fn new(chunk_bytes: u64) -> Self {
+        let items = (CACHE_BYTES / chunk_bytes) as usize;
+        Self {
+            kept: Cache::with_weighter(items, CACHE_BYTES, ByLength),
+            free: Arc::new(Free {
+                most: (FREE_BYTES / chunk_bytes) as usize,
+                buffers: Mutex::default(),
+            }),
+        }
+    }
+
+    /// Reads a range that is kept whole, without waiting for anything; else returns the buffer.
+    fn read(
+        &self,
+        geometry: Geometry,
+        range: ByteRange,
+        buf: Vec<u8>,
+    ) -> Result<SourceRead, Vec<u8>> {
+        let mut found = Vec::new();
+        for number in geometry.chunks_of(range) {
+            match self.kept.get(&number) {
+                Some(bytes) => found.push(within(geometry, number, &bytes, range)),
+                None => return Err(buf),
+            }
+        }
+        let mut read = SourceRead::new(buf);
+        found.into_iter().for_each(|bytes| read.push_shared(bytes));
+        Ok(read)
+    }
+
+    /// Returns a chunk's bytes, and keeps them, read anew unless they are kept.
+    fn find_or(
+        &self,
+        number: u64,
+        read: impl FnOnce(&mut Vec<u8>) -> Result<(), EngineError>,
+    ) -> Result<Bytes, EngineError> {
+        if let Some(bytes) = self.kept.get(&number) {
+            return Ok(bytes);
+        }
+        let mut plain = Plain {
+            bytes: self.free.take(),
+            free: Arc::clone(&self.free),
+        };
+        read(&mut plain.bytes)?;
+        let bytes = Bytes::from_owner(plain);
+        self.kept.insert(number, bytes.clone());
+        Ok(bytes)
+    }
+}
+
+/// A chunk's bytes, in a buffer that is used again once nobody has them any more.
+struct Plain {
+    bytes: Vec<u8>,
+    free: Arc<Free>,
+}
+
+impl AsRef<[u8]> for Plain {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        self.free.put(std::mem::take(&mut self.bytes));
+    }
+}
+
+/// Buffers for chunks that are to be read: new ones would cost the system a page fault for each page.
+struct Free {
+    most: usize,
+    buffers: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Free {
+    fn take(&self) -> Vec<u8> {
+        let mut buffers = self.buffers.lock().expect("no holder panics");
+        buffers.pop().unwrap_or_default()
+    }
+
+    fn put(&self, buffer: Vec<u8>) {
+        let mut buffers = self.buffers.lock().expect("no holder panics");
+        if buffers.len() < self.most {
+            buffers.push(buffer);
+        }
+    }
+}
+
 /// Logs a failure in full, keeps the first, and tells the client its short form.
 fn told(error: EngineError, fault: &Mutex<Option<EngineError>>) -> NbdError {
     let short = error.to_string();
@@ -197,6 +291,8 @@ fn told(error: EngineError, fault: &Mutex<Option<EngineError>>) -> NbdError {
 
 /// The bytes of chunks that one export keeps.
 const CACHE_BYTES: u64 = 64 << 20;
+/// The bytes of buffers that one export keeps for use again.
+const FREE_BYTES: u64 = 8 << 20;
 /// The protocol's limit of a description.
 const MOST_DESCRIPTION: usize = 4096;
 /// Both bits of `base:allocation`.
