@@ -120,7 +120,7 @@ const TARGETS: &[(&str, &str, Target)] = &[
     ("again", "speed / full", Target::AtLeast(1.5)),
     ("again", "stored MiB", Target::AtMost(1.0)),
     ("incremental", "wall / push", Target::AtMost(2.0)),
-    ("incremental", "read / dirty", Target::AtMost(1.3)),
+    ("incremental", "read / dirty chunks", Target::AtMost(1.3)),
     ("incremental", "stored MiB", Target::AtMost(100.0)),
     ("huge", "wall s", Target::AtMost(0.2)),
     ("huge", "peak MiB", Target::AtMost(50.0)),
