@@ -59,20 +59,20 @@ impl Geometry {
 
 /// Folds the extents of one window of a disk into steps.
 ///
-/// Its memory depends on the window's size in chunks, never on how many extents the peer sends. A window that is clean
-/// or zero all over, of which a huge disk has many, costs no look at its chunks.
+/// Its work depends on how many extents there are and its memory on the window's chunks at most, whatever a peer sends.
 #[derive(Debug)]
 pub struct WindowPlan {
     geometry: Geometry,
     chunks: Range<u64>,
     bytes: ByteRange,
     follows_bitmap: bool,
-    /// Whether each chunk is dirty; empty while none is marked.
-    dirty: Vec<bool>,
+    /// Runs of chunks that hold a dirty byte.
+    dirty: Vec<Range<u64>>,
+    /// Runs of chunks that are zero all over.
+    zero: Vec<Range<u64>>,
+    /// Zeros that the next extent may go on with.
+    open_zero: Option<ByteRange>,
     dirty_bytes: u64,
-    /// The zeros in each chunk; empty while none are marked but `all_zero`.
-    zero_bytes: Vec<u32>,
-    all_zero: bool,
 }
 
 impl WindowPlan {
@@ -92,38 +92,33 @@ impl WindowPlan {
             bytes,
             follows_bitmap,
             dirty: Vec::new(),
+            zero: Vec::new(),
+            open_zero: None,
             dirty_bytes: 0,
-            zero_bytes: Vec::new(),
-            all_zero: false,
         }
     }
 
-    /// Marks a range that the bitmap calls dirty; ranges must not overlap.
+    /// Marks a range that the bitmap calls dirty; ranges ascend and do not overlap.
     pub fn dirty(&mut self, range: ByteRange) {
         let Some(range) = range.intersect(self.bytes) else {
             return;
         };
         self.dirty_bytes += range.len();
-        let (chunks, count) = (self.places(range), self.count());
-        self.dirty.resize(count, false);
-        self.dirty[chunks].fill(true);
+        push(&mut self.dirty, self.geometry.chunks_of(range));
     }
 
-    /// Marks a range that reads as zeros; ranges must not overlap.
+    /// Marks a range that reads as zeros; ranges ascend and do not overlap.
     pub fn zero(&mut self, range: ByteRange) {
         let Some(range) = range.intersect(self.bytes) else {
             return;
         };
-        if range == self.bytes {
-            self.all_zero = true;
-            return;
-        }
-        let count = self.count();
-        self.zero_bytes.resize(count, 0);
-        for piece in range.split(self.geometry.chunk_bytes) {
-            let at = self.places(piece).start;
-            self.zero_bytes[at] = self.zero_bytes[at].saturating_add(piece.len() as u32);
-        }
+        self.open_zero = match self.open_zero {
+            Some(open) if open.end() == range.start() => ByteRange::new(open.start(), range.end()),
+            _ => {
+                self.close_zero();
+                Some(range)
+            }
+        };
     }
 
     /// The bytes that the bitmap called dirty.
@@ -134,48 +129,69 @@ impl WindowPlan {
     /// Returns the steps, which cover the window in order; neighbours differ in their action.
     ///
     /// A chunk is kept only when the bitmap calls all of it clean and its number is below `inheritable`.
-    pub fn finish(self, inheritable: u64) -> Vec<Step> {
+    pub fn finish(mut self, inheritable: u64) -> Vec<Step> {
+        self.close_zero();
         let mut steps: Vec<Step> = Vec::new();
-        let mut add = |chunks: Range<u64>, action| match steps.last_mut() {
-            _ if chunks.is_empty() => {}
-            Some(last) if last.action == action => last.chunks.end = chunks.end,
-            _ => steps.push(Step { chunks, action }),
-        };
-        let Range { start, end } = self.chunks;
-        let mut at = start;
-        if self.follows_bitmap && self.dirty.is_empty() {
-            at = inheritable.clamp(start, end);
-            add(start..at, Action::Keep);
-        }
-        if self.all_zero && (self.dirty.is_empty() || !self.follows_bitmap) {
-            add(at..end, Action::Zero);
-            at = end;
-        }
-        for number in at..end {
-            let place = (number - start) as usize;
-            let clean = self.follows_bitmap && !self.dirty.get(place).is_some_and(|dirty| *dirty);
-            let len = self.geometry.bytes(&(number..number + 1)).len();
-            let zero_bytes = self.zero_bytes.get(place).map_or(0, |bytes| *bytes);
-            let action = if clean && number < inheritable {
-                Action::Keep
-            } else if self.all_zero || u64::from(zero_bytes) >= len {
-                Action::Zero
-            } else {
-                Action::Read
+        let (mut dirty, mut zero) = (self.dirty.iter().peekable(), self.zero.iter().peekable());
+        let mut at = self.chunks.start;
+        while at < self.chunks.end {
+            while dirty.next_if(|run| run.end <= at).is_some() {}
+            while zero.next_if(|run| run.end <= at).is_some() {}
+            let (is_dirty, dirty_until) = here(dirty.peek().copied(), at, self.chunks.end);
+            let (is_zero, zero_until) = here(zero.peek().copied(), at, self.chunks.end);
+            let clean = self.follows_bitmap && !is_dirty && at < inheritable;
+            let mut until = dirty_until.min(zero_until);
+            if at < inheritable {
+                until = until.min(inheritable);
+            }
+            let action = match (clean, is_zero) {
+                (true, _) => Action::Keep,
+                (false, true) => Action::Zero,
+                (false, false) => Action::Read,
             };
-            add(number..number + 1, action);
+            match steps.last_mut() {
+                Some(last) if last.action == action => last.chunks.end = until,
+                _ => steps.push(Step {
+                    chunks: at..until,
+                    action,
+                }),
+            }
+            at = until;
         }
         steps
     }
 
-    /// The places in the window of the chunks that hold any byte of a range.
-    fn places(&self, range: ByteRange) -> Range<usize> {
-        let chunks = self.geometry.chunks_of(range);
-        (chunks.start - self.chunks.start) as usize..(chunks.end - self.chunks.start) as usize
+    /// Keeps of a run of zeros the chunks that lie in it whole: what is left of others must be read.
+    fn close_zero(&mut self) {
+        let Some(open) = self.open_zero.take() else {
+            return;
+        };
+        let first = open.start().div_ceil(self.geometry.chunk_bytes);
+        let end = match open.end() == self.geometry.size_bytes {
+            true => self.geometry.chunks(),
+            false => open.end() / self.geometry.chunk_bytes,
+        };
+        push(&mut self.zero, first..end);
     }
+}
 
-    fn count(&self) -> usize {
-        (self.chunks.end - self.chunks.start) as usize
+/// Adds a run behind the others, or to the last one.
+fn push(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
+    if run.is_empty() {
+        return;
+    }
+    match runs.last_mut() {
+        Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+        _ => runs.push(run),
+    }
+}
+
+/// Says whether `at` lies in the next run, and until where that holds.
+fn here(run: Option<&Range<u64>>, at: u64, end: u64) -> (bool, u64) {
+    match run {
+        Some(run) if run.start <= at => (true, run.end),
+        Some(run) => (false, run.start),
+        None => (false, end),
     }
 }
 
@@ -263,44 +279,6 @@ mod tests {
     }
 
     #[test]
-    fn window_that_is_all_of_one_kind_is_one_step_unless_the_parent_ends_in_it() {
-        let g = geometry(8 * CHUNK);
-        let window = range(2 * CHUNK, 8 * CHUNK);
-        for (follows, inheritable, want) in [
-            (true, 8, vec![step(2..8, Action::Keep)]),
-            (true, 9, vec![step(2..8, Action::Keep)]),
-            (true, 0, vec![step(2..8, Action::Zero)]),
-            (false, 8, vec![step(2..8, Action::Zero)]),
-            (
-                true,
-                5,
-                vec![step(2..5, Action::Keep), step(5..8, Action::Zero)],
-            ),
-        ] {
-            let mut plan = WindowPlan::new(g, window, follows);
-            plan.zero(range(0, 9 * CHUNK));
-            assert_eq!(plan.finish(inheritable), want, "{follows} {inheritable}");
-        }
-    }
-
-    #[test]
-    fn dirty_chunk_of_a_window_of_zeros_is_zero_and_the_rest_is_kept() {
-        let g = geometry(4 * CHUNK);
-        let mut plan = WindowPlan::new(g, ByteRange::first(4 * CHUNK), true);
-        plan.zero(ByteRange::first(4 * CHUNK));
-        plan.dirty(range(CHUNK, 2 * CHUNK));
-        assert_eq!(
-            plan.finish(3),
-            [
-                step(0..1, Action::Keep),
-                step(1..2, Action::Zero),
-                step(2..3, Action::Keep),
-                step(3..4, Action::Zero)
-            ]
-        );
-    }
-
-    #[test]
     fn extents_outside_the_window_do_not_count() {
         let g = geometry(8 * CHUNK);
         let mut plan = WindowPlan::new(g, range(2 * CHUNK, 4 * CHUNK), true);
@@ -312,5 +290,58 @@ mod tests {
             plan.finish(8),
             [step(2..3, Action::Read), step(3..4, Action::Keep)]
         );
+    }
+
+    #[test]
+    fn plan_agrees_with_a_look_at_each_byte() {
+        let mut seed = 9_u64;
+        let mut below = |limit: u64| {
+            seed = seed
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (seed >> 33) % limit
+        };
+        for _ in 0..2_000 {
+            let size = 1 + below(12 * CHUNK);
+            let g = geometry(size);
+            let first = below(g.chunks());
+            let window = g.bytes(&(first..first + 1 + below(g.chunks() - first)));
+            let follows = below(2) == 0;
+            let inheritable = below(g.chunks() + 1);
+            let mut plan = WindowPlan::new(g, window, follows);
+            let mut marks = vec![(false, false); size as usize];
+            for zeros in [false, true] {
+                let mut at = below(20);
+                while at < size {
+                    let end = (at + 1 + below(3 * CHUNK)).min(size);
+                    match zeros {
+                        false => plan.dirty(range(at, end)),
+                        true => plan.zero(range(at, end)),
+                    }
+                    for mark in &mut marks[at as usize..end as usize] {
+                        mark.0 |= !zeros;
+                        mark.1 |= zeros;
+                    }
+                    at = end + below(3) * below(CHUNK);
+                }
+            }
+            let mut expected: Vec<Step> = Vec::new();
+            for number in g.chunks_of(window) {
+                let bytes = g.bytes(&(number..number + 1));
+                let bytes = &marks[bytes.start() as usize..bytes.end() as usize];
+                let action = if follows && number < inheritable && bytes.iter().all(|b| !b.0) {
+                    Action::Keep
+                } else if bytes.iter().all(|b| b.1) {
+                    Action::Zero
+                } else {
+                    Action::Read
+                };
+                match expected.last_mut() {
+                    Some(last) if last.action == action => last.chunks.end += 1,
+                    _ => expected.push(step(number..number + 1, action)),
+                }
+            }
+            assert_eq!(plan.finish(inheritable), expected);
+        }
     }
 }

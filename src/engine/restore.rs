@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -50,21 +50,27 @@ pub async fn restore(
     let record = disk_of(&snapshot, request.disk.as_deref())?;
     let disk = Disk::open(catalog, &snapshot, record)?;
     let size_bytes = record.size_bytes;
+    let stop = StopOnDrop::default();
+    let stopped = Arc::clone(&stop.0);
     let (written_bytes, zero_bytes) = match request.target.clone() {
         Target::Image(path, format) => to_image(disk, &path, &format, request.overwrite).await?,
         Target::Raw(path) => {
             let overwrite = request.overwrite;
-            blocking(move || {
+            let work = move || {
+                let sink = Sink::open(&path, size_bytes, overwrite)?;
                 to_sink(
                     &disk,
-                    Sink::open(&path, size_bytes, overwrite)?,
+                    sink,
                     &path.display().to_string(),
                     &*observer,
+                    &stopped,
                 )
-            })
-            .await??
+            };
+            blocking(work).await??
         }
-        Target::Stdout => blocking(move || to_sink(&disk, Sink::Stdout, "-", &*observer)).await??,
+        Target::Stdout => {
+            blocking(move || to_sink(&disk, Sink::Stdout, "-", &*observer, &stopped)).await??
+        }
     };
     Ok(RestoreOutcome {
         repository: catalog.path().to_owned(),
@@ -84,8 +90,9 @@ fn to_sink(
     sink: Sink,
     target: &str,
     observer: &dyn Observer,
+    stopped: &AtomicBool,
 ) -> Result<(u64, u64), EngineError> {
-    let written = write_pieces(disk, &sink, target, observer);
+    let written = write_pieces(disk, &sink, target, observer, stopped);
     if written.is_err() {
         sink.abandon();
     }
@@ -97,12 +104,14 @@ fn write_pieces(
     sink: &Sink,
     target: &str,
     observer: &dyn Observer,
+    stopped: &AtomicBool,
 ) -> Result<(u64, u64), EngineError> {
     let writing = Writing {
         sink,
         target,
         observer,
         workers: Workers::start(),
+        stopped,
         counted: Mutex::new(Counted {
             progress: Progress {
                 disk: disk.name().to_owned(),
@@ -121,6 +130,16 @@ fn write_pieces(
     Ok((counted.progress.moved_bytes, counted.zeros))
 }
 
+/// Tells the blocking part of a restore to stop when nobody waits for it any more.
+#[derive(Default)]
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 /// A range, and its bytes unless they are zeros.
 type Part = (ByteRange, Option<Vec<u8>>);
 
@@ -129,6 +148,7 @@ struct Writing<'a> {
     target: &'a str,
     observer: &'a dyn Observer,
     workers: Workers,
+    stopped: &'a AtomicBool,
     counted: Mutex<Counted>,
 }
 
@@ -148,6 +168,7 @@ impl Writing<'_> {
             let settler = scope.spawn(move || asked.iter().try_for_each(|()| self.sink.settle()));
             let unsettled = AtomicU64::new(0);
             let write = |buffers: &mut ReadBuffers, piece: Result<Piece, EngineError>| {
+                self.go_on()?;
                 let data = self.write_piece(disk, buffers, &piece?)?;
                 if unsettled.fetch_add(data, Relaxed) + data >= SETTLE_BYTES {
                     unsettled.store(0, Relaxed);
@@ -211,6 +232,7 @@ impl Writing<'_> {
             Ok(parts)
         };
         for first in (0..chunks).step_by(window as usize) {
+            self.go_on()?;
             let pieces = disk.pieces(first..(first + window).min(chunks));
             let parts: Result<Vec<Vec<Part>>, EngineError> = self.workers.install(|| {
                 pieces
@@ -230,6 +252,13 @@ impl Writing<'_> {
             }
         }
         Ok(())
+    }
+
+    fn go_on(&self) -> Result<(), EngineError> {
+        match self.stopped.load(Relaxed) {
+            true => Err(EngineError::Stopped),
+            false => Ok(()),
+        }
     }
 
     fn count(&self, data: u64, zeros: u64) {
@@ -287,13 +316,42 @@ async fn to_image(
         doing: format!("writing a {format} image"),
         cause,
     };
+    let unfinished = Unfinished {
+        path,
+        created: path.symlink_metadata().is_err(),
+        done: false,
+    };
     let server = private(disk).map_err(|e| failed(e.into()))?;
     let converted = convert_from_nbd(server.uri(), format, path).await;
     // What the export could not read says more than qemu-img's words about it.
     match (server.close().await, converted) {
         (Some(error), _) => Err(error),
         (None, Err(error)) => Err(failed(error.into())),
-        (None, Ok(())) => Ok((data, zeros)),
+        (None, Ok(())) => {
+            unfinished.keep();
+            Ok((data, zeros))
+        }
+    }
+}
+
+/// An image that a child process writes; removed unless it becomes whole, if it was not there before.
+struct Unfinished<'a> {
+    path: &'a Path,
+    created: bool,
+    done: bool,
+}
+
+impl Unfinished<'_> {
+    fn keep(mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if self.created && !self.done {
+            let _ = std::fs::remove_file(self.path);
+        }
     }
 }
 
