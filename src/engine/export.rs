@@ -408,6 +408,11 @@ mod tests {
         }
         assert_eq!(ahead.follow(disk, range(0, 4 * KIB)), None);
         assert_eq!(ahead.follow(disk, range(100 * KIB, 4 * KIB)), None);
+        // Back at the front, it is read ahead of from there.
+        assert_eq!(
+            ahead.follow(disk, range(104 * KIB, 4 * KIB)),
+            Some(range(108 * KIB, AHEAD_BYTES))
+        );
     }
 
     #[test]
