@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
@@ -167,6 +168,8 @@ impl Listener {
         match &self.socket {
             ListenerSocket::Unix { listener, .. } => {
                 let (stream, _) = listener.accept().await?;
+                // Advice: where the system allows less, it gives what it allows.
+                let _ = set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER);
                 let peer = match stream.peer_cred() {
                     Ok(cred) => format!("uid {} over a Unix socket", cred.uid()),
                     Err(_) => "Unix socket".to_owned(),
@@ -211,6 +214,9 @@ impl Drop for Listener {
         }
     }
 }
+
+/// Room for some long replies, so that a sender does not stop in the midst of each; as much as QEMU's servers ask for.
+const UNIX_SEND_BUFFER: usize = 2 << 20;
 
 async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
