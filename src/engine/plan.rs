@@ -59,14 +59,19 @@ impl Geometry {
 
 /// Folds the extents of one window of a disk into steps.
 ///
-/// Its memory depends on the window's size in chunks, never on how many extents the peer sends.
+/// Its work depends on how many extents there are and its memory on the window's chunks at most, whatever a peer sends.
 #[derive(Debug)]
 pub struct WindowPlan {
     geometry: Geometry,
     chunks: Range<u64>,
     bytes: ByteRange,
-    dirty: Option<Vec<bool>>,
-    zero_bytes: Vec<u32>,
+    follows_bitmap: bool,
+    /// Runs of chunks that hold a dirty byte.
+    dirty: Vec<Range<u64>>,
+    /// Runs of chunks that are zero all over.
+    zero: Vec<Range<u64>>,
+    /// Zeros that the next extent may go on with.
+    open_zero: Option<ByteRange>,
     dirty_bytes: u64,
 }
 
@@ -81,39 +86,39 @@ impl WindowPlan {
             bytes,
             "window is not cut at chunks"
         );
-        let count = (chunks.end - chunks.start) as usize;
         Self {
             geometry,
             chunks,
             bytes,
-            dirty: follows_bitmap.then(|| vec![false; count]),
-            zero_bytes: vec![0; count],
+            follows_bitmap,
+            dirty: Vec::new(),
+            zero: Vec::new(),
+            open_zero: None,
             dirty_bytes: 0,
         }
     }
 
-    /// Marks a range that the bitmap calls dirty; ranges must not overlap.
+    /// Marks a range that the bitmap calls dirty; ranges ascend and do not overlap.
     pub fn dirty(&mut self, range: ByteRange) {
         let Some(range) = range.intersect(self.bytes) else {
             return;
         };
         self.dirty_bytes += range.len();
-        if let Some(dirty) = &mut self.dirty {
-            let chunks = self.geometry.chunks_of(range);
-            let first = self.chunks.start;
-            dirty[(chunks.start - first) as usize..(chunks.end - first) as usize].fill(true);
-        }
+        push(&mut self.dirty, self.geometry.chunks_of(range));
     }
 
-    /// Marks a range that reads as zeros; ranges must not overlap.
+    /// Marks a range that reads as zeros; ranges ascend and do not overlap.
     pub fn zero(&mut self, range: ByteRange) {
         let Some(range) = range.intersect(self.bytes) else {
             return;
         };
-        for piece in range.split(self.geometry.chunk_bytes) {
-            let at = (piece.start() / self.geometry.chunk_bytes - self.chunks.start) as usize;
-            self.zero_bytes[at] = self.zero_bytes[at].saturating_add(piece.len() as u32);
-        }
+        self.open_zero = match self.open_zero {
+            Some(open) if open.end() == range.start() => ByteRange::new(open.start(), range.end()),
+            _ => {
+                self.close_zero();
+                Some(range)
+            }
+        };
     }
 
     /// The bytes that the bitmap called dirty.
@@ -124,28 +129,69 @@ impl WindowPlan {
     /// Returns the steps, which cover the window in order; neighbours differ in their action.
     ///
     /// A chunk is kept only when the bitmap calls all of it clean and its number is below `inheritable`.
-    pub fn finish(self, inheritable: u64) -> Vec<Step> {
+    pub fn finish(mut self, inheritable: u64) -> Vec<Step> {
+        self.close_zero();
         let mut steps: Vec<Step> = Vec::new();
-        for (at, zero_bytes) in self.zero_bytes.iter().enumerate() {
-            let number = self.chunks.start + at as u64;
-            let clean = self.dirty.as_ref().is_some_and(|dirty| !dirty[at]);
-            let len = self.geometry.bytes(&(number..number + 1)).len();
-            let action = if clean && number < inheritable {
-                Action::Keep
-            } else if u64::from(*zero_bytes) >= len {
-                Action::Zero
-            } else {
-                Action::Read
+        let (mut dirty, mut zero) = (self.dirty.iter().peekable(), self.zero.iter().peekable());
+        let mut at = self.chunks.start;
+        while at < self.chunks.end {
+            while dirty.next_if(|run| run.end <= at).is_some() {}
+            while zero.next_if(|run| run.end <= at).is_some() {}
+            let (is_dirty, dirty_until) = here(dirty.peek().copied(), at, self.chunks.end);
+            let (is_zero, zero_until) = here(zero.peek().copied(), at, self.chunks.end);
+            let clean = self.follows_bitmap && !is_dirty && at < inheritable;
+            let mut until = dirty_until.min(zero_until);
+            if at < inheritable {
+                until = until.min(inheritable);
+            }
+            let action = match (clean, is_zero) {
+                (true, _) => Action::Keep,
+                (false, true) => Action::Zero,
+                (false, false) => Action::Read,
             };
             match steps.last_mut() {
-                Some(last) if last.action == action => last.chunks.end = number + 1,
+                Some(last) if last.action == action => last.chunks.end = until,
                 _ => steps.push(Step {
-                    chunks: number..number + 1,
+                    chunks: at..until,
                     action,
                 }),
             }
+            at = until;
         }
         steps
+    }
+
+    /// Keeps of a run of zeros the chunks that lie in it whole: what is left of others must be read.
+    fn close_zero(&mut self) {
+        let Some(open) = self.open_zero.take() else {
+            return;
+        };
+        let first = open.start().div_ceil(self.geometry.chunk_bytes);
+        let end = match open.end() == self.geometry.size_bytes {
+            true => self.geometry.chunks(),
+            false => open.end() / self.geometry.chunk_bytes,
+        };
+        push(&mut self.zero, first..end);
+    }
+}
+
+/// Adds a run behind the others, or to the last one.
+fn push(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
+    if run.is_empty() {
+        return;
+    }
+    match runs.last_mut() {
+        Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+        _ => runs.push(run),
+    }
+}
+
+/// Says whether `at` lies in the next run, and until where that holds.
+fn here(run: Option<&Range<u64>>, at: u64, end: u64) -> (bool, u64) {
+    match run {
+        Some(run) if run.start <= at => (true, run.end),
+        Some(run) => (false, run.start),
+        None => (false, end),
     }
 }
 
@@ -244,5 +290,58 @@ mod tests {
             plan.finish(8),
             [step(2..3, Action::Read), step(3..4, Action::Keep)]
         );
+    }
+
+    #[test]
+    fn plan_agrees_with_a_look_at_each_byte() {
+        let mut seed = 9_u64;
+        let mut below = |limit: u64| {
+            seed = seed
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (seed >> 33) % limit
+        };
+        for _ in 0..2_000 {
+            let size = 1 + below(12 * CHUNK);
+            let g = geometry(size);
+            let first = below(g.chunks());
+            let window = g.bytes(&(first..first + 1 + below(g.chunks() - first)));
+            let follows = below(2) == 0;
+            let inheritable = below(g.chunks() + 1);
+            let mut plan = WindowPlan::new(g, window, follows);
+            let mut marks = vec![(false, false); size as usize];
+            for zeros in [false, true] {
+                let mut at = below(20);
+                while at < size {
+                    let end = (at + 1 + below(3 * CHUNK)).min(size);
+                    match zeros {
+                        false => plan.dirty(range(at, end)),
+                        true => plan.zero(range(at, end)),
+                    }
+                    for mark in &mut marks[at as usize..end as usize] {
+                        mark.0 |= !zeros;
+                        mark.1 |= zeros;
+                    }
+                    at = end + below(3) * below(CHUNK);
+                }
+            }
+            let mut expected: Vec<Step> = Vec::new();
+            for number in g.chunks_of(window) {
+                let bytes = g.bytes(&(number..number + 1));
+                let bytes = &marks[bytes.start() as usize..bytes.end() as usize];
+                let action = if follows && number < inheritable && bytes.iter().all(|b| !b.0) {
+                    Action::Keep
+                } else if bytes.iter().all(|b| b.1) {
+                    Action::Zero
+                } else {
+                    Action::Read
+                };
+                match expected.last_mut() {
+                    Some(last) if last.action == action => last.chunks.end += 1,
+                    _ => expected.push(step(number..number + 1, action)),
+                }
+            }
+            assert_eq!(plan.finish(inheritable), expected);
+        }
     }
 }

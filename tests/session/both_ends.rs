@@ -15,6 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::disk::{BLOCK, Disk};
+use crate::script::in_time;
 
 fn r(start: u64, end: u64) -> ByteRange {
     ByteRange::new(start, end).unwrap()
@@ -320,7 +321,13 @@ async fn server_that_stops_finishes_what_is_in_flight_and_leaves_no_client_waiti
     let gate = Arc::new(Semaphore::new(0));
     disk.gate = Some(gate.clone());
     let disk = Arc::new(disk);
-    let server = Server::new(vec![("d".into(), disk.clone())], ServerOptions::default()).unwrap();
+    // Only the wish to stop may end what this test starts.
+    let patient = ServerOptions {
+        handshake_timeout: Duration::from_secs(1000),
+        shutdown_timeout: Duration::from_secs(1000),
+        ..ServerOptions::default()
+    };
+    let server = Server::new(vec![("d".into(), disk.clone())], patient).unwrap();
     let socket = Endpoint::Unix(folder.path().join("s"));
     let (endpoint, stop, served) = serve_at(&socket, server).await;
     let uri = NbdUri {
@@ -347,9 +354,9 @@ async fn server_that_stops_finishes_what_is_in_flight_and_leaves_no_client_waiti
         assert_eq!(idle.read(&mut greeting).await.unwrap(), 0);
         gate.add_permits(1);
     };
-    let (reply, ()) = tokio::join!(read, stopping);
+    let (reply, ()) = in_time(async { tokio::join!(read, stopping) }).await;
     assert_is(&disk, range, &reply.unwrap());
-    served.await.unwrap();
+    in_time(served).await.unwrap();
     let fault = client.read(range, Vec::new()).await.unwrap_err();
     assert!(
         matches!(

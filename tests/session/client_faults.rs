@@ -444,23 +444,24 @@ async fn impatient_client() -> (Client, DuplexStream) {
 }
 
 #[tokio::test(start_paused = true)]
-async fn server_falls_silent() {
-    let (client, mut far) = impatient_client().await;
-    tokio::time::sleep(Duration::from_secs(1000)).await;
-    let start = Instant::now();
-    far.write_all(&data(true, AT, &[1; 0x400])[..100])
-        .await
-        .unwrap();
-    let fault = client.read(asked(), Vec::new()).await.unwrap_err();
-    assert!(
-        matches!(fault.kind, ClientErrorKind::TimedOut { .. }),
-        "{fault}"
-    );
-    let waited = start.elapsed();
-    assert!(
-        (5..6).contains(&waited.as_secs()),
-        "gave up after {waited:?}"
-    );
+async fn server_falls_silent_before_a_reply_or_within_it() {
+    for sent in [0, 100] {
+        let (client, mut far) = impatient_client().await;
+        tokio::time::sleep(Duration::from_secs(1000)).await;
+        let start = Instant::now();
+        let reply = data(true, AT, &[1; 0x400]);
+        far.write_all(&reply[..sent]).await.unwrap();
+        let fault = client.read(asked(), Vec::new()).await.unwrap_err();
+        assert!(
+            matches!(fault.kind, ClientErrorKind::TimedOut { .. }),
+            "{fault}"
+        );
+        let waited = start.elapsed();
+        assert!(
+            (5..6).contains(&waited.as_secs()),
+            "gave up after {waited:?}"
+        );
+    }
 }
 
 #[tokio::test(start_paused = true)]

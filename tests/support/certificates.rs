@@ -172,7 +172,10 @@ impl Role {
 }
 
 fn template(role: Role, says: &Says<'_>) -> String {
-    let mut text = format!("cn = {}\nsigning_key\nencryption_key\ntls_www_{0}\n", role.name());
+    let mut text = format!(
+        "cn = {}\nsigning_key\nencryption_key\ntls_www_{0}\n",
+        role.name()
+    );
     if let Some(name) = says.dns_name {
         writeln!(text, "dns_name = {name}").unwrap();
     }

@@ -78,6 +78,15 @@ pub struct Export {
 }
 
 impl Export {
+    /// Whether another connection sees this disk; what is only for people may differ.
+    fn is_same_disk(&self, other: &Self) -> bool {
+        self.size_bytes == other.size_bytes
+            && self.flags == other.flags
+            && self.block_size == other.block_size
+            && self.contexts == other.contexts
+            && self.structured == other.structured
+    }
+
     /// Returns a granted context's place in the answers of [`Client::block_status`].
     pub fn context(&self, name: &str) -> Option<usize> {
         self.contexts.iter().position(|context| context == name)
@@ -105,10 +114,8 @@ impl Client {
         let tls = load_tls(uri, &peer).await?;
         let tls = tls.as_ref();
         let first = Connection::dial(uri, tls, &peer, options, options.connect_timeout).await?;
+        let coherent = first.details.flags.has(TransmissionFlags::CAN_MULTI_CONN);
         let mut opened = vec![first];
-        let coherent = opened
-            .iter()
-            .all(|first| first.details.flags.has(TransmissionFlags::CAN_MULTI_CONN));
         if coherent && options.connections > 1 {
             // A server may have no room for more: that costs speed, and no more time than this.
             let wait = options.connect_timeout.min(MORE_CONNECTIONS_TIMEOUT);
@@ -220,7 +227,7 @@ impl Client {
                 connections: 0,
             };
             match &export {
-                Some(first) if *first != found => {
+                Some(first) if !first.is_same_disk(&found) => {
                     return Err(ClientErrorKind::Changed.at(&peer, Phase::Handshake));
                 }
                 Some(_) => {}

@@ -194,7 +194,9 @@ async fn write_replies(
             pool.give(sent.into_buf());
         }
     }
-    write.shutdown().await
+    // A client that has hung up already needs no goodbye.
+    let _ = write.shutdown().await;
+    Ok(())
 }
 
 /// Holds many headers; requests of read-only exports have nothing else.

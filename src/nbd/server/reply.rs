@@ -188,10 +188,10 @@ impl Reply {
     }
 
     fn simple(&mut self, to: Answered, error: ErrorCode) {
-        let mut bytes = Vec::with_capacity(16);
+        let before = self.heads.len();
         let cookie = to.cookie;
-        SimpleReply { error, cookie }.encode(&mut bytes);
-        self.head(&bytes);
+        SimpleReply { error, cookie }.encode(&mut self.heads);
+        self.put_head(before);
     }
 
     fn chunk(
@@ -212,9 +212,9 @@ impl Reply {
             offset: (to.dialect == Dialect::Extended).then_some(to.offset),
             length,
         };
-        let mut bytes = Vec::with_capacity(32);
-        header.encode(&mut bytes)?;
-        self.head(&bytes);
+        let before = self.heads.len();
+        header.encode(&mut self.heads)?;
+        self.put_head(before);
         Ok(())
     }
 
@@ -230,17 +230,24 @@ impl Reply {
             value: length,
         })?;
         self.chunk(to, ChunkType::OFFSET_HOLE, HoleChunk::LEN as u64, done)?;
-        let mut payload = Vec::with_capacity(HoleChunk::LEN);
-        HoleChunk { offset, length }.encode(&mut payload);
-        self.head(&payload);
+        let before = self.heads.len();
+        HoleChunk { offset, length }.encode(&mut self.heads);
+        self.put_head(before);
         Ok(())
     }
 
     fn head(&mut self, bytes: &[u8]) {
+        let before = self.heads.len();
         self.heads.extend_from_slice(bytes);
+        self.put_head(before);
+    }
+
+    /// Makes a piece of what was added to `heads`.
+    fn put_head(&mut self, before: usize) {
+        let added = self.heads.len() - before;
         match self.pieces.last_mut() {
-            Some(Piece::Head(length)) => *length += bytes.len(),
-            _ => self.pieces.push(Piece::Head(bytes.len())),
+            Some(Piece::Head(length)) => *length += added,
+            _ => self.pieces.push(Piece::Head(added)),
         }
     }
 

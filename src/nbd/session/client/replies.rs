@@ -23,7 +23,11 @@ enum Stage {
     /// Between two messages.
     Header,
     /// Within a header that is longer than the shortest.
-    HeaderRest { start: Vec<u8>, length: usize },
+    HeaderRest {
+        start: [u8; ReplyHeader::LONGEST],
+        have: usize,
+        length: usize,
+    },
     /// Before the offset of a data chunk.
     DataOffset(ChunkHeader),
     /// Before the payload of any other chunk.
@@ -70,7 +74,7 @@ impl Replies {
     pub fn wanted(&self) -> usize {
         match &self.stage {
             Stage::Header => ReplyHeader::shortest(self.dialect),
-            Stage::HeaderRest { start, length } => length.saturating_sub(start.len()),
+            Stage::HeaderRest { have, length, .. } => length.saturating_sub(*have),
             Stage::DataOffset(_) => DATA_OFFSET,
             Stage::Payload(header) => usize::try_from(header.length).unwrap_or(usize::MAX),
             Stage::Data { .. } => 0,
@@ -87,15 +91,23 @@ impl Replies {
             Stage::Header => {
                 let length = ReplyHeader::length(self.dialect, bytes)?;
                 if length > bytes.len() {
-                    let start = bytes.to_vec();
-                    self.stage = Stage::HeaderRest { start, length };
+                    let mut start = [0; ReplyHeader::LONGEST];
+                    let have = put(&mut start, 0, bytes);
+                    self.stage = Stage::HeaderRest {
+                        start,
+                        have,
+                        length,
+                    };
                     return Ok(Event::More);
                 }
                 self.handle_header(ReplyHeader::decode(bytes)?, requests)
             }
-            Stage::HeaderRest { mut start, .. } => {
-                start.extend_from_slice(bytes);
-                self.handle_header(ReplyHeader::decode(&start)?, requests)
+            Stage::HeaderRest {
+                mut start, have, ..
+            } => {
+                let have = put(&mut start, have, bytes);
+                let header = start.get(..have).unwrap_or_default();
+                self.handle_header(ReplyHeader::decode(header)?, requests)
             }
             Stage::DataOffset(header) => self.handle_data_offset(header, bytes, requests),
             Stage::Payload(header) => self.handle_payload(header, bytes, requests),
@@ -354,6 +366,13 @@ fn fail<T>(
         offset: offset.filter(within),
     });
     Ok(())
+}
+
+/// Adds bytes to a header that has `have` of them, and returns how many it has then.
+fn put(header: &mut [u8; ReplyHeader::LONGEST], have: usize, bytes: &[u8]) -> usize {
+    let rest = header.iter_mut().skip(have);
+    rest.zip(bytes).for_each(|(to, from)| *to = *from);
+    have.saturating_add(bytes.len()).min(header.len())
 }
 
 /// Sorts holes and joins those that touch.
