@@ -30,7 +30,8 @@ impl Default for Says<'_> {
         Self {
             dns_name: Some("localhost"),
             ip_address: Some("127.0.0.1"),
-            key_type: "ecdsa",
+            // QEMU wants a key that can encipher keys, which certtool says of no other kind.
+            key_type: "rsa",
             expired: false,
         }
     }
@@ -42,7 +43,7 @@ impl Authority {
         let folder = folder.as_ref().to_owned();
         fs::create_dir_all(&folder).unwrap();
         let this = Self { folder };
-        this.make_key("ca-key.pem", "ecdsa");
+        this.make_key("ca-key.pem", "rsa");
         let name = this.folder.file_name().unwrap().to_str().unwrap();
         let template = format!("cn = Authority of {name}\nca\ncert_signing_key\ncrl_signing_key\n");
         this.certtool(
@@ -86,7 +87,7 @@ impl Authority {
 
     /// Makes a server's certificate that nobody vouches for but itself.
     pub(crate) fn issue_self_signed(&self) {
-        self.make_key("server-key.pem", "ecdsa");
+        self.make_key("server-key.pem", "rsa");
         let template = template(Role::Server, &Says::default());
         self.certtool(
             "--generate-self-signed",
