@@ -19,6 +19,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::task::JoinHandle;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use crate::certificates::{Authority, Role, Says};
 use crate::disk::{BLOCK, Disk};
@@ -151,10 +152,8 @@ async fn words_put_in_behind_starttls_are_never_answered() {
     }
 }
 
-#[tokio::test]
-async fn handshake_begins_anew_over_tls_and_tls_begins_once() {
-    let (_folder, authority) = authority();
-    let (mut near, served) = greeted(&authority).await;
+/// Starts TLS and goes through its handshake.
+async fn secured(mut near: DuplexStream, authority: &Authority) -> TlsStream<DuplexStream> {
     assert_eq!(answer(&mut near, 5, b"").await, 1);
     let mut roots = RootCertStore::empty();
     let trusted = std::fs::read(authority.file("ca-cert.pem")).unwrap();
@@ -166,7 +165,14 @@ async fn handshake_begins_anew_over_tls_and_tls_begins_once() {
         .with_no_client_auth();
     let name = ServerName::try_from("localhost").unwrap();
     let connector = TlsConnector::from(Arc::new(config));
-    let mut near = in_time(connector.connect(name, near)).await.unwrap();
+    in_time(connector.connect(name, near)).await.unwrap()
+}
+
+#[tokio::test]
+async fn handshake_begins_anew_over_tls_and_tls_begins_once() {
+    let (_folder, authority) = authority();
+    let (near, served) = greeted(&authority).await;
+    let mut near = secured(near, &authority).await;
     assert_eq!(answer(&mut near, 5, b"").await, INVALID);
     assert_eq!(answer(&mut near, 5, &[0; 100_000]).await, INVALID);
     assert_eq!(answer(&mut near, 10, b"\0\0\0\x01d\0\0\0\0").await, INVALID);
@@ -174,6 +180,23 @@ async fn handshake_begins_anew_over_tls_and_tls_begins_once() {
     assert_eq!(answer(&mut near, 8, b"").await, 1);
     assert_eq!(answer(&mut near, 2, b"").await, 1);
     assert_eq!(rest(&mut near).await, b"");
+    in_time(served).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn client_that_leaves_without_tls_s_goodbye_leaves_in_order() {
+    let (_folder, authority) = authority();
+    let (near, served) = greeted(&authority).await;
+    let mut near = secured(near, &authority).await;
+    near.write_all(&option(7, b"\0\0\0\x01d\0\0"))
+        .await
+        .unwrap();
+    near.flush().await.unwrap();
+    // BLOCK_SIZE, EXPORT, DESCRIPTION, ACK
+    let mut answers = [0; 34 + 32 + 38 + 20];
+    in_time(near.read_exact(&mut answers)).await.unwrap();
+    assert_eq!(answers[104..], [&ACK[..11], b"\x07", &ACK[12..]].concat());
+    drop(near);
     in_time(served).await.unwrap().unwrap();
 }
 

@@ -1,6 +1,6 @@
 //! Certificates: the files of QEMU's and libnbd's folders, and what rustls makes of them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustls::client::{Resumption, WebPkiServerVerifier};
@@ -137,9 +137,9 @@ fn own_certificate(folder: &Path) -> Result<Option<Own>, TlsError> {
     }
 }
 
-fn exists(file: &PathBuf) -> Result<bool, TlsError> {
+fn exists(file: &Path) -> Result<bool, TlsError> {
     file.try_exists().map_err(|source| TlsError::File {
-        file: file.clone(),
+        file: file.to_owned(),
         source: Arc::new(source),
     })
 }
