@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -47,21 +48,27 @@ pub async fn restore(
     let record = disk_of(&snapshot, request.disk.as_deref())?;
     let disk = Disk::open(catalog, &snapshot, record)?;
     let size_bytes = record.size_bytes;
+    let stop = StopOnDrop::default();
+    let stopped = Arc::clone(&stop.0);
     let (written_bytes, zero_bytes) = match request.target.clone() {
         Target::Image(path, format) => to_image(disk, &path, &format, request.overwrite).await?,
         Target::Raw(path) => {
             let overwrite = request.overwrite;
-            blocking(move || {
+            let work = move || {
+                let sink = Sink::open(&path, size_bytes, overwrite)?;
                 to_sink(
                     &disk,
-                    Sink::open(&path, size_bytes, overwrite)?,
+                    sink,
                     &path.display().to_string(),
                     &*observer,
+                    &stopped,
                 )
-            })
-            .await??
+            };
+            blocking(work).await??
         }
-        Target::Stdout => blocking(move || to_sink(&disk, Sink::Stdout, "-", &*observer)).await??,
+        Target::Stdout => {
+            blocking(move || to_sink(&disk, Sink::Stdout, "-", &*observer, &stopped)).await??
+        }
     };
     Ok(RestoreOutcome {
         repository: catalog.path().to_owned(),
@@ -81,8 +88,9 @@ fn to_sink(
     sink: Sink,
     target: &str,
     observer: &dyn Observer,
+    stopped: &AtomicBool,
 ) -> Result<(u64, u64), EngineError> {
-    let written = write_pieces(disk, &sink, target, observer);
+    let written = write_pieces(disk, &sink, target, observer, stopped);
     if written.is_err() {
         sink.abandon();
     }
@@ -94,7 +102,15 @@ fn write_pieces(
     sink: &Sink,
     target: &str,
     observer: &dyn Observer,
+    stopped: &AtomicBool,
 ) -> Result<(u64, u64), EngineError> {
+    let go_on = || {
+        if stopped.load(Relaxed) {
+            Err(EngineError::Stopped)
+        } else {
+            Ok(())
+        }
+    };
     let mut writing = Writing {
         sink,
         target,
@@ -114,6 +130,7 @@ fn write_pieces(
             let pieces = disk
                 .pieces(first..(first + window).min(chunks))
                 .collect::<Result<Vec<_>, _>>()?;
+            go_on()?;
             writing.in_order(disk, &pieces)?;
         }
     } else {
@@ -123,6 +140,7 @@ fn write_pieces(
             if group.is_empty() {
                 break;
             }
+            go_on()?;
             writing.at_once(disk, &group)?;
         }
     }
@@ -132,6 +150,16 @@ fn write_pieces(
         cause: cause.into(),
     })?;
     Ok((writing.progress.moved_bytes, writing.zeros))
+}
+
+/// Tells the blocking part of a restore to stop when nobody waits for it any more.
+#[derive(Default)]
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
 
 /// A range, and its bytes unless they are zeros.
@@ -260,13 +288,42 @@ async fn to_image(
         doing: format!("writing a {format} image"),
         cause,
     };
+    let unfinished = Unfinished {
+        path,
+        created: path.symlink_metadata().is_err(),
+        done: false,
+    };
     let server = private(disk).map_err(|e| failed(e.into()))?;
     let converted = convert_from_nbd(server.uri(), format, path).await;
     // What the export could not read says more than qemu-img's words about it.
     match (server.close().await, converted) {
         (Some(error), _) => Err(error),
         (None, Err(error)) => Err(failed(error.into())),
-        (None, Ok(())) => Ok((data, zeros)),
+        (None, Ok(())) => {
+            unfinished.keep();
+            Ok((data, zeros))
+        }
+    }
+}
+
+/// An image that a child process writes; removed unless it becomes whole, if it was not there before.
+struct Unfinished<'a> {
+    path: &'a Path,
+    created: bool,
+    done: bool,
+}
+
+impl Unfinished<'_> {
+    fn keep(mut self) {
+        self.done = true;
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if self.created && !self.done {
+            let _ = std::fs::remove_file(self.path);
+        }
     }
 }
 

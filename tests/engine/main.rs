@@ -2,4 +2,5 @@
 
 mod chain;
 mod model;
+mod restore;
 mod rig;

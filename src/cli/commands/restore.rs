@@ -14,6 +14,10 @@ pub(super) async fn to_target(
 ) -> Result<Outcome, EngineError> {
     let to = args.to.as_deref().unwrap_or_default();
     let target = Target::parse(to, &args.format)?;
+    if target == Target::Stdout && global.json {
+        let problem = "--json would mix its lines with the disk's bytes on stdout; restore to a file, or without --json";
+        return Err(EngineError::Usage(problem.to_owned()));
+    }
     let request = RestoreRequest {
         snapshot: args.snapshot.clone(),
         disk: args.disk.clone(),
