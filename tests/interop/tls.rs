@@ -9,7 +9,7 @@ use crate::support::certificates::{Authority, Role, Says};
 use crate::support::disk::{add_bitmap, assert_same, reference, scatter};
 use crate::support::lab::Lab;
 use crate::support::process::{Process, tool, try_tool};
-use crate::support::program::{nbdbackup, run, text};
+use crate::support::program::{nbdbackup, text};
 use crate::support::server::{Server, Serving, nbdinfo};
 
 const SIZE: u64 = 12 * MIB;
@@ -116,7 +116,12 @@ fn nbdkit_with_certificates_is_a_source() {
 #[test]
 fn tcp_source_s_certificate_has_to_name_its_host() {
     let lab = Lab::new();
-    let pki = pki(&lab);
+    let pki = Authority::new(lab.file("pki"));
+    let says = Says {
+        dns_name: None,
+        ..Says::default()
+    };
+    pki.issue(Role::Server, &says);
     let image = lab.raw("vda.raw", SIZE, 4);
     let object = format!(
         "tls-creds-x509,id=tls0,endpoint=server,verify-peer=no,dir={}",
@@ -133,16 +138,15 @@ fn tcp_source_s_certificate_has_to_name_its_host() {
     ];
     let server = Server::qemu_nbd_tcp(&lab.file("log"), "vda", &args);
     let uri = with_certificates(server.uri(), pki.path());
-    for uri in [uri.clone(), uri.replace("127.0.0.1", "localhost")] {
-        let full = lab.backup("full", &uri, &[]);
+    let named = uri.replace("127.0.0.1", "localhost");
+    for uri in [&uri, &format!("{named}&tls-hostname=127.0.0.1")] {
+        let full = lab.backup("full", uri, &[]);
         lab.assert_restores(&text(&full, "snapshot"), &image);
     }
     let lab = Lab::new();
-    assert_refused(
-        &lab,
-        &format!("{uri}&tls-hostname=db.example.com"),
-        "db.example.com",
-    );
+    assert_refused(&lab, &named, "localhost");
+    let other = format!("{uri}&tls-hostname=db.example.com");
+    assert_refused(&lab, &other, "db.example.com");
 }
 
 #[test]
@@ -451,6 +455,7 @@ fn build_without_pre_shared_keys_says_so() {
 mod psk {
     use super::*;
     use crate::support::certificates::add_key;
+    use crate::support::program::run;
 
     /// A folder with a file of keys, as QEMU wants it, and the file.
     fn keys(lab: &Lab, folder: &str, identities: &[&str]) -> (String, String) {

@@ -218,7 +218,8 @@ mod tests {
     #[tokio::test]
     async fn wrong_key_and_unknown_identity_meet_nobody() {
         let server = server(ALICE);
-        for line in [BOB, "alice:ffffffffffffffffffffffffffffffff"] {
+        let stranger = ALICE.replace("alice", "mallory");
+        for line in [BOB, "alice:ffffffffffffffffffffffffffffffff", &stranger] {
             let (near, far) = joined(&client(line), &server).await;
             assert!(near.is_err() && far.is_err(), "{line}");
             let fault = TlsError::of_client(near.err().unwrap());
