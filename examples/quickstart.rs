@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nbdbackup::engine::{
-    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, Event, Follow, Observer,
+    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, Event, Follow, InitRequest, Observer,
     RestoreRequest, SourceSpec, Target,
 };
 use nbdbackup::nbd::server::{MemoryDisk, Server, ServerOptions};
@@ -43,8 +43,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("The embedded NBD server offers it as {uri}");
 
     let repository = folder.path().join("repository");
-    Catalog::init(repository.clone(), 128 << 10, None).await?;
-    let catalog = Catalog::open(repository).await?;
+    let request = InitRequest {
+        chunk_bytes: 128 << 10,
+        compression: None,
+        secret: None,
+    };
+    Catalog::init(repository.clone(), request).await?;
+    let catalog = Catalog::open(repository, None).await?;
 
     let full = backup(&catalog, &uri, None).await?;
     say("Full backup", &full);

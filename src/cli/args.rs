@@ -1,5 +1,6 @@
 //! What can be typed: commands, flags and their help.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -30,6 +31,16 @@ pub(crate) struct Global {
         value_name = "PATH"
     )]
     pub(crate) repo: Option<PathBuf>,
+    /// A file whose content is the repository's password, without the end of its line [env: NBDBACKUP_PASSWORD_FILE, or
+    /// the password itself in NBDBACKUP_PASSWORD].
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(crate) password_file: Option<PathBuf>,
+    /// A shell command that prints the repository's password [env: NBDBACKUP_PASSWORD_COMMAND].
+    #[arg(long, global = true, value_name = "COMMAND")]
+    pub(crate) password_command: Option<OsString>,
+    /// A file of at least 32 random bytes that opens the repository [env: NBDBACKUP_KEY_FILE].
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(crate) key_file: Option<PathBuf>,
     /// Prints one JSON object a line on stdout; the last one is the result or the error.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -84,6 +95,8 @@ pub(crate) enum Command {
     Info(Info),
     /// Lists the ranges that differ between two snapshots of a disk.
     Diff(Diff),
+    /// Lists, adds, removes or changes the passwords and key files that open the repository.
+    Key(Key),
 }
 
 #[derive(Debug, Args)]
@@ -93,14 +106,71 @@ pub(crate) struct Init {
     pub(crate) chunk_size: u64,
     #[command(flatten)]
     pub(crate) compression: CompressionArg,
-    /// How the repository is encrypted; this version stores plain repositories only, and wants that said aloud.
+    /// How the repository is encrypted (default: with the password or key file that is given; without one, `none` must be
+    /// said aloud).
     #[arg(long, value_enum, value_name = "HOW")]
-    pub(crate) encryption: Encryption,
+    pub(crate) encryption: Option<Encryption>,
+    #[command(flatten)]
+    pub(crate) cost: CostArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Encryption {
+    /// AES-256-GCM, opened by a password.
+    Password,
+    /// AES-256-GCM, opened by a key file.
+    KeyFile,
+    /// Whoever can read the files can read the disks.
     None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CostArgs {
+    /// The memory that a guess at the password costs: 1MiB to 1GiB (default: 256MiB).
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) argon2_memory: Option<u64>,
+    /// How often a guess at the password goes over that memory: 1 to 16 times (default: 3).
+    #[arg(long, value_name = "N")]
+    pub(crate) argon2_passes: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Key {
+    #[command(subcommand)]
+    pub(crate) command: KeyCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Lists the key slots.
+    List,
+    /// Adds a password or key file.
+    Add(NewSecret),
+    /// Removes a password or key file; never the last one.
+    Remove {
+        /// The slot's number, as `key list` shows it.
+        slot: u32,
+    },
+    /// Puts a password or key file in the place of the one that opens the repository now.
+    Change(NewSecret),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NewSecret {
+    /// A file whose content is the new password, without the end of its line.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) new_password_file: Option<PathBuf>,
+    /// A shell command that prints the new password.
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) new_password_command: Option<OsString>,
+    /// A new key file: at least 32 random bytes.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) new_key_file: Option<PathBuf>,
+    /// What to call it in `key list`.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) label: Option<String>,
+    #[command(flatten)]
+    pub(crate) cost: CostArgs,
 }
 
 #[derive(Debug, Args)]
@@ -178,6 +248,20 @@ pub(crate) struct Restore {
     /// Serves the disks as NBD exports at `unix:PATH` or `HOST:PORT` until SIGINT or SIGTERM.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) serve: Option<String>,
+    /// Serves over TLS only, with server-cert.pem and server-key.pem of this folder.
+    #[arg(long, requires = "serve", value_name = "DIR")]
+    pub(crate) tls_certificates: Option<PathBuf>,
+    /// Demands of each client a certificate from an authority in the folder's ca-cert.pem.
+    #[arg(long, requires = "tls_certificates")]
+    pub(crate) tls_verify_peer: bool,
+    /// Serves over TLS only, to clients with a key in this file of IDENTITY:KEY lines, as psktool writes it.
+    #[arg(
+        long,
+        requires = "serve",
+        conflicts_with = "tls_certificates",
+        value_name = "FILE"
+    )]
+    pub(crate) tls_psk_file: Option<PathBuf>,
     /// Allows serving without TLS beyond loopback and Unix sockets.
     #[arg(long, requires = "serve")]
     pub(crate) insecure: bool,

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use super::args::Global;
-use crate::engine::{Catalog, EngineError};
+use super::secret;
+use crate::engine::{Catalog, EngineError, RepoFault};
 use crate::repo::Compression;
 
 /// Makes the id of a run: 16 hexadecimal digits, random.
@@ -36,9 +37,19 @@ pub(super) fn repository_path(global: &Global) -> Result<PathBuf, EngineError> {
     Ok(path)
 }
 
-/// Opens the repository.
+/// Opens the repository; asks for its password where one is needed, none is given and there is a terminal.
 pub(super) async fn open(global: &Global) -> Result<Catalog, EngineError> {
-    Catalog::open(repository_path(global)?).await
+    let path = repository_path(global)?;
+    if let Some(secret) = secret::given(global)? {
+        return Catalog::open(path, Some(secret)).await;
+    }
+    match Catalog::open(path.clone(), None).await {
+        Err(error) if error.repo_fault() == Some(RepoFault::SecretNeeded) => match secret::ask()? {
+            Some(secret) => Catalog::open(path, Some(secret)).await,
+            None => Err(error),
+        },
+        other => other,
+    }
 }
 
 /// Reads `none`, `zstd` or `zstd:LEVEL`.

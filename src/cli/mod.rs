@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod config;
+mod secret;
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -11,8 +11,8 @@ use super::selector::select;
 use super::workers::blocking;
 use crate::range::{ByteRange, RangeSet};
 use crate::repo::{
-    ChunkSize, Compression, DiskRecord, InitOptions, LocalStorage, RepoError, Repository, Snapshot,
-    SnapshotList, changed,
+    ChunkSize, Compression, DiskRecord, InitOptions, LocalStorage, PasswordCost, RepoError,
+    Repository, Secret, Snapshot, SnapshotList, changed,
 };
 
 /// An open repository.
@@ -20,6 +20,17 @@ use crate::repo::{
 pub struct Catalog {
     repository: Arc<Repository>,
     path: String,
+}
+
+/// What a new repository is to be.
+#[derive(Debug)]
+pub struct InitRequest {
+    /// The size of its chunks in bytes.
+    pub chunk_bytes: u64,
+    /// Its usual compression, where it is not the program's.
+    pub compression: Option<Compression>,
+    /// What opens it, and what a guess at that costs; `None` stores all in the clear.
+    pub secret: Option<(Secret, PasswordCost)>,
 }
 
 /// Which snapshots a listing shows; what is `None` does not filter.
@@ -51,49 +62,53 @@ impl Catalog {
     ///
     /// # Errors
     /// When the chunk size is not allowed, or the directory holds something or refuses.
-    pub async fn init(
-        path: PathBuf,
-        chunk_bytes: u64,
-        compression: Option<Compression>,
-    ) -> Result<InitOutcome, EngineError> {
+    pub async fn init(path: PathBuf, request: InitRequest) -> Result<InitOutcome, EngineError> {
+        let InitRequest {
+            chunk_bytes,
+            compression,
+            secret,
+        } = request;
         let chunk_size = u32::try_from(chunk_bytes)
             .ok()
             .and_then(ChunkSize::new)
             .ok_or_else(|| {
                 EngineError::Usage("the chunk size is a power of two from 64KiB to 4MiB".to_owned())
             })?;
-        let compression = compression.unwrap_or_default();
+        let options = InitOptions {
+            chunk_size,
+            compression: compression.unwrap_or_default(),
+        };
         let text = shown(&path);
         let failed = repository(&text);
         blocking(move || {
-            let storage = LocalStorage::create(&path)?;
-            Repository::init(
-                Arc::new(storage),
-                &InitOptions {
-                    chunk_size,
-                    compression,
-                },
-            )
+            let storage = Arc::new(LocalStorage::create(&path)?);
+            match secret {
+                None => Repository::init(storage, &options),
+                Some((secret, cost)) => {
+                    Repository::init_encrypted(storage, &options, &secret, cost)
+                }
+            }
         })
         .await?
         .map(|made| InitOutcome {
             repository: text,
             uuid: made.uuid().to_string(),
             chunk_bytes,
-            compression: compression.to_string(),
+            compression: options.compression.to_string(),
+            encryption: made.encryption().as_str(),
         })
         .map_err(failed)
     }
 
-    /// Opens the repository in a directory.
+    /// Opens the repository in a directory; an encrypted one needs a secret, and another one takes none.
     ///
     /// # Errors
-    /// When there is none, or it cannot be read.
-    pub async fn open(path: PathBuf) -> Result<Self, EngineError> {
+    /// When there is none, it does not open with the secret, or it cannot be read.
+    pub async fn open(path: PathBuf, secret: Option<Secret>) -> Result<Self, EngineError> {
         let text = shown(&path);
         let opened = blocking(
             move || match LocalStorage::open(&path).map_err(RepoError::from) {
-                Ok(storage) => Repository::open(Arc::new(storage)),
+                Ok(storage) => Repository::open_with(Arc::new(storage), secret.as_ref()),
                 Err(RepoError::Missing { file }) => Err(RepoError::NotARepository { place: file }),
                 Err(error) => Err(error),
             },

@@ -157,6 +157,14 @@ pub enum RepoFault {
     NoRoom,
     /// The storage refused a call.
     Refused,
+    /// The repository is encrypted, and neither a password nor a key file was given.
+    SecretNeeded,
+    /// The password or key file is not one of the repository's.
+    WrongSecret,
+    /// It was taken for encrypted, and is not.
+    NotEncrypted,
+    /// The key slot is not there, or must stay.
+    KeySlot,
     /// Another process stands in the way.
     Busy,
     /// The repository was used wrongly: a fault of this program.
@@ -181,6 +189,10 @@ impl EngineError {
             RepoError::AlreadyExists { .. }
             | RepoError::Fenced { .. }
             | RepoError::NoSuchSnapshot { .. } => RepoFault::Busy,
+            RepoError::SecretNeeded => RepoFault::SecretNeeded,
+            RepoError::WrongSecret { .. } => RepoFault::WrongSecret,
+            RepoError::NotEncrypted => RepoFault::NotEncrypted,
+            RepoError::NoSuchKey { .. } | RepoError::LastKey { .. } => RepoFault::KeySlot,
             RepoError::SessionFinished { .. } | RepoError::Misuse { .. } => RepoFault::Internal,
         })
     }

@@ -8,6 +8,7 @@ mod error;
 mod event;
 mod export;
 mod info;
+mod keys;
 mod outcome;
 mod plan;
 mod read_disk;
@@ -20,19 +21,20 @@ mod walk;
 mod workers;
 
 pub use crate::range::ByteRange;
-pub use crate::repo::{BackupKind, DiskRecord, Snapshot};
+pub use crate::repo::{BackupKind, DiskRecord, PasswordCost, SlotInfo, Snapshot};
 pub use backup::{BackupDisk, BackupRequest, Follow, backup};
-pub use catalog::{Catalog, SnapshotFilter, SnapshotsOutcome};
+pub use catalog::{Catalog, InitRequest, SnapshotFilter, SnapshotsOutcome};
 pub use chain::Reason;
 pub use error::{Cause, EngineError, RepoFault, chain};
 pub use event::{Event, Observer, Progress, ServedExport, Warning};
 pub use export::SnapshotExport;
 pub use info::{BitmapInfo, BlockSizeInfo, ContextMap, ExportInfo, InfoOutcome, InfoRequest, info};
+pub use keys::{KeyAction, KeyOutcome, NewKey};
 pub use outcome::{
     BackupOutcome, DiffOutcome, DiskBackup, InitOutcome, RestoreOutcome, ServeOutcome,
 };
 pub use plan::{Action, Geometry, Step, WindowPlan};
 pub use restore::{RestoreRequest, restore};
-pub use serve::{ServeRequest, serve};
+pub use serve::{ServeRequest, ServeTls, serve};
 pub use source::SourceSpec;
 pub use target::Target;

@@ -108,6 +108,8 @@ pub struct InitOutcome {
     pub chunk_bytes: u64,
     /// Its compression.
     pub compression: String,
+    /// Its encryption.
+    pub encryption: &'static str,
 }
 
 /// The difference of one disk between two snapshots.

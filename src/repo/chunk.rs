@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use super::cipher::Encryption;
 use super::ids::{ChunkId, PackId};
 
 /// The size of a repository's chunks: a power of two of 64 KiB to 4 MiB.
@@ -88,6 +89,21 @@ impl RecordFlags {
     pub const RAW: Self = Self(0x00);
     /// Compressed with zstd, not encrypted.
     pub const ZSTD: Self = Self(0x01);
+
+    /// These flags of a record that is encrypted so.
+    pub(crate) const fn encrypted(self, encryption: Encryption) -> Self {
+        Self(self.0 | encryption.code() << 4)
+    }
+
+    /// Whether and how the record is encrypted; `None` when that way is unknown.
+    pub(crate) const fn encryption(self) -> Option<Encryption> {
+        Encryption::from_code(self.0 >> 4)
+    }
+
+    /// What is left when the encryption is undone.
+    pub(crate) const fn compression(self) -> Self {
+        Self(self.0 & 0x0f)
+    }
 }
 
 impl fmt::Debug for RecordFlags {

@@ -95,6 +95,32 @@ pub enum RepoError {
         /// The session.
         id: SnapshotId,
     },
+    /// The repository is encrypted, and no password or key file was given.
+    #[error("the repository is encrypted, and neither a password nor a key file was given")]
+    SecretNeeded,
+    /// No key slot opens with what was given.
+    #[error("the {kind} opens none of the {slots} key slots")]
+    WrongSecret {
+        /// `password` or `key-file`.
+        kind: &'static str,
+        /// How many slots there are.
+        slots: usize,
+    },
+    /// A password or key file was given for a repository that is not encrypted.
+    #[error("the repository is not encrypted, but a password or key file was given")]
+    NotEncrypted,
+    /// There is no key slot of this number.
+    #[error("there is no key slot {number}")]
+    NoSuchKey {
+        /// The number that was asked for.
+        number: u32,
+    },
+    /// The last key slot cannot be removed: nothing would open the repository any more.
+    #[error("key slot {number} is the last one that is not being removed; add another one first")]
+    LastKey {
+        /// The slot.
+        number: u32,
+    },
     /// The session has committed, so that nothing more can be stored in it.
     #[error("session {id} is finished")]
     SessionFinished {

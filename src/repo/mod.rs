@@ -5,11 +5,13 @@
 
 mod cache;
 mod chunk;
+mod cipher;
 mod compress;
 mod error;
 mod format;
 mod ids;
 mod index;
+mod key_slots;
 mod keys;
 mod map;
 mod pack;
@@ -17,19 +19,23 @@ mod read;
 mod rebuild;
 mod record;
 mod repository;
+mod secret;
 mod session;
 mod snapshot;
 mod storage;
 
 pub use chunk::{ChunkEntry, ChunkSize, Place, RecordFlags, is_zero};
+pub use cipher::Encryption;
 pub use compress::{Compression, NotACompression};
 pub use error::RepoError;
 pub use format::pack::PackKind;
 pub use ids::{ChunkId, NodeId, NotAnId, PackId, RepoUuid, SegmentId, SnapshotId};
+pub use key_slots::SlotInfo;
 pub use map::{MapReader, MapWriter, Run, Runs, changed};
 pub use read::{Batcher, ChunkRead, ReadBatch, ReadBuffers};
 pub use rebuild::Rebuilt;
 pub use repository::{InitOptions, Repository, SnapshotList};
+pub use secret::{PasswordCost, Secret, SecretKind};
 pub use session::{Session, SessionOptions, StoredChunk};
 pub use snapshot::{
     BackupKind, DiskRecord, DiskStats, MapRoot, Snapshot, SnapshotDraft, WrittenPack,

@@ -7,7 +7,7 @@ use super::chunk::{ChunkEntry, Place};
 use super::error::RepoError;
 use super::format::pack::PackKind;
 use super::ids::PackId;
-use super::record;
+use super::record::{self, Decoded, Expected};
 use super::repository::Repository;
 
 /// A chunk that is to be read.
@@ -99,6 +99,7 @@ impl Batcher {
 #[derive(Debug, Default)]
 pub struct ReadBuffers {
     stored: Vec<u8>,
+    opened: Vec<u8>,
     plain: Vec<u8>,
 }
 
@@ -143,7 +144,11 @@ impl Repository {
         buffers: &mut ReadBuffers,
         mut each: impl FnMut(&ChunkRead, &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let ReadBuffers { stored, plain } = buffers;
+        let ReadBuffers {
+            stored,
+            opened,
+            plain,
+        } = buffers;
         let file = PackKind::Data.file_name(&batch.pack);
         stored.resize(batch.stored_bytes() as usize, 0);
         let read = self.storage().read_at(&file, batch.offset, stored);
@@ -153,12 +158,12 @@ impl Repository {
             let record = &stored[from..from + place.len as usize];
             let found = match &read {
                 Ok(()) => self
-                    .open_record(&chunk.entry, place, chunk.plain_len, record, plain)
+                    .open_record(&chunk.entry, place, chunk.plain_len, record, opened, plain)
                     .ok(),
                 Err(_) => None,
             };
             match found {
-                Some(bytes) => each(chunk, bytes)?,
+                Some(found) => each(chunk, found.of(record, opened, plain))?,
                 None => {
                     // One by one, which also knows what to say when a chunk is not to be had at all.
                     self.read_chunk(&chunk.entry, chunk.plain_len, plain)?;
@@ -176,56 +181,57 @@ impl Repository {
         plain_len: u32,
         out: &mut Vec<u8>,
     ) -> Result<(), RepoError> {
-        STORED.with_borrow_mut(|stored| {
+        BUFFERS.with_borrow_mut(|(stored, opened)| {
             record::read_stored(&**self.storage(), PackKind::Data, place, stored)?;
-            let mut plain = std::mem::take(out);
-            let opened = self.open_record(entry, place, plain_len, stored, &mut plain);
-            let raw = match opened {
-                Ok(bytes) => std::ptr::eq(bytes, stored.as_slice()),
-                Err(error) => {
-                    *out = plain;
-                    return Err(error);
-                }
-            };
-            if raw {
-                plain.clear();
-                plain.extend_from_slice(stored);
+            match self.open_record(entry, place, plain_len, stored, opened, out)? {
+                Decoded::Plain => {}
+                Decoded::Opened => std::mem::swap(out, opened),
+                Decoded::Stored => std::mem::swap(out, stored),
             }
-            *out = plain;
             Ok(())
         })
     }
 
-    /// Returns the plain bytes of a chunk's record, checked against its identifier.
-    fn open_record<'a>(
+    /// Finds the plain bytes of a chunk's record, checked against its identifier.
+    fn open_record(
         &self,
         entry: &ChunkEntry,
         place: &Place,
         plain_len: u32,
-        stored: &'a [u8],
-        scratch: &'a mut Vec<u8>,
-    ) -> Result<&'a [u8], RepoError> {
+        stored: &[u8],
+        opened: &mut Vec<u8>,
+        plain: &mut Vec<u8>,
+    ) -> Result<Decoded, RepoError> {
         let fault = |what: String| {
             let file = PackKind::Data.file_name(&place.pack);
             RepoError::corrupt(file, place.offset.into(), what)
         };
-        let plain =
-            record::decode(stored, place.flags, plain_len as usize, scratch).map_err(fault)?;
-        if plain.len() != plain_len as usize {
+        let expected = Expected {
+            repo: self.uuid(),
+            kind: PackKind::Data,
+            id: entry.id.as_bytes(),
+            place,
+            limit: plain_len as usize,
+        };
+        let decoded =
+            record::decode(self.keys(), &expected, stored, opened, plain).map_err(fault)?;
+        let bytes = decoded.of(stored, opened, plain);
+        if bytes.len() != plain_len as usize {
             return Err(fault(format!(
                 "a chunk of {} bytes stands where one of {plain_len} belongs",
-                plain.len()
+                bytes.len()
             )));
         }
-        if self.keys().chunk_id(plain) != entry.id {
+        if self.keys().chunk_id(bytes) != entry.id {
             return Err(fault(format!("this is not chunk {}", entry.id)));
         }
-        Ok(plain)
+        Ok(decoded)
     }
 }
 
 thread_local! {
-    static STORED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// What was stored, and what was decrypted of it.
+    static BUFFERS: RefCell<(Vec<u8>, Vec<u8>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
 
 const MAX_BATCH_BYTES: u64 = 4 << 20;

@@ -1,9 +1,12 @@
-//! Records: reading one from its pack and undoing its compression.
+//! Records: reading one from its pack, undoing its encryption and its compression.
 
 use super::chunk::{Place, RecordFlags};
+use super::cipher::Encryption;
 use super::compress::decompress;
 use super::error::RepoError;
 use super::format::pack::{MAX_RECORD, PackHeader, PackKind};
+use super::ids::RepoUuid;
+use super::keys::Keys;
 use super::storage::Storage;
 
 /// Reads the stored bytes of a record into `stored`.
@@ -25,20 +28,75 @@ pub(crate) fn read_stored(
     Ok(storage.read_at(&file, place.offset.into(), stored)?)
 }
 
-/// Returns the plain bytes of a record, at most `limit`: the stored bytes themselves, or what `scratch` then holds.
-pub(crate) fn decode<'a>(
-    stored: &'a [u8],
-    flags: RecordFlags,
-    limit: usize,
-    scratch: &'a mut Vec<u8>,
-) -> Result<&'a [u8], String> {
-    match flags {
-        RecordFlags::RAW if stored.len() <= limit => Ok(stored),
-        RecordFlags::RAW => Err(format!("a record of {} bytes is too long", stored.len())),
-        RecordFlags::ZSTD => match decompress(stored, limit, scratch) {
-            Ok(()) => Ok(scratch),
+/// What a record must be to be decoded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Expected<'a> {
+    pub(crate) repo: RepoUuid,
+    pub(crate) kind: PackKind,
+    pub(crate) id: &'a [u8; 32],
+    pub(crate) place: &'a Place,
+    /// The most plain bytes.
+    pub(crate) limit: usize,
+}
+
+/// Where the plain bytes of a record are, once it is decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Decoded {
+    /// They are the stored bytes themselves.
+    Stored,
+    /// In the buffer for what was decrypted.
+    Opened,
+    /// In the buffer for what was decompressed.
+    Plain,
+}
+
+impl Decoded {
+    /// Picks the buffer.
+    pub(crate) fn of<'a>(self, stored: &'a [u8], opened: &'a [u8], plain: &'a [u8]) -> &'a [u8] {
+        match self {
+            Self::Stored => stored,
+            Self::Opened => opened,
+            Self::Plain => plain,
+        }
+    }
+}
+
+/// Finds the plain bytes of a record, at most as many as expected; they are not yet checked against an identifier.
+pub(crate) fn decode(
+    keys: &Keys,
+    expected: &Expected<'_>,
+    stored: &[u8],
+    opened: &mut Vec<u8>,
+    plain: &mut Vec<u8>,
+) -> Result<Decoded, String> {
+    let Expected { kind, place, .. } = expected;
+    let cipher = keys.pack_cipher(expected.repo, *kind, &place.pack);
+    let body: &[u8] = match (cipher, place.flags.encryption()) {
+        (None, Some(Encryption::None)) => stored,
+        (Some(cipher), Some(Encryption::Aes256Gcm)) => {
+            if !cipher.open(place.offset, expected.id, stored, opened) {
+                return Err("the record does not decrypt".to_owned());
+            }
+            opened
+        }
+        (None, Some(_)) => return Err("the record is encrypted, the repository is not".to_owned()),
+        (Some(_), Some(_)) => return Err("the record is not encrypted".to_owned()),
+        (_, None) => return Err(unknown(place.flags)),
+    };
+    match place.flags.compression() {
+        RecordFlags::RAW if body.len() > expected.limit => {
+            Err(format!("a record of {} bytes is too long", body.len()))
+        }
+        RecordFlags::RAW if std::ptr::eq(body, stored) => Ok(Decoded::Stored),
+        RecordFlags::RAW => Ok(Decoded::Opened),
+        RecordFlags::ZSTD => match decompress(body, expected.limit, plain) {
+            Ok(()) => Ok(Decoded::Plain),
             Err(e) => Err(format!("the record does not decompress: {e}")),
         },
-        other => Err(format!("a record is stored in an unknown way, {other:?}")),
+        _ => Err(unknown(place.flags)),
     }
+}
+
+fn unknown(flags: RecordFlags) -> String {
+    format!("a record is stored in an unknown way, {flags:?}")
 }

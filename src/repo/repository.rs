@@ -3,16 +3,19 @@
 use std::sync::Arc;
 
 use super::chunk::ChunkSize;
+use super::cipher::Encryption;
 use super::compress::Compression;
 use super::error::RepoError;
-use super::format::config::{Config, Features};
+use super::format::config::Config;
 use super::format::envelope::MAX_SMALL_FILE;
-use super::format::key_slot::KeySlot;
+use super::format::key_slot::{ClearKey, Master};
 use super::format::snapshot::file_name;
-use super::ids::{RepoUuid, SnapshotId, random_bytes};
+use super::ids::{RepoUuid, SnapshotId};
 use super::index::Index;
+use super::key_slots::{Unlocked, first_slot, is_first_slot, unlock};
 use super::keys::Keys;
 use super::map::{MapReader, Nodes};
+use super::secret::{PasswordCost, Secret};
 use super::session::{Session, SessionOptions};
 use super::snapshot::{MapRoot, Snapshot};
 use super::storage::{Storage, StorageError};
@@ -22,7 +25,9 @@ use super::storage::{Storage, StorageError};
 pub struct Repository {
     storage: Arc<dyn Storage>,
     config: Config,
-    keys: Keys,
+    keys: Arc<Keys>,
+    master: ClearKey,
+    slot: Option<u32>,
     index: Arc<Index>,
     nodes: Arc<Nodes>,
     damaged: Vec<(String, RepoError)>,
@@ -47,61 +52,88 @@ pub struct SnapshotList {
 }
 
 impl Repository {
-    /// Makes a repository in an empty place.
+    /// Makes a repository that is not encrypted in an empty place.
     pub fn init(storage: Arc<dyn Storage>, options: &InitOptions) -> Result<Arc<Self>, RepoError> {
+        Self::make(storage, options, None)
+    }
+
+    /// Makes an encrypted repository in an empty place, which the secret opens; a guess at a password costs `cost`.
+    pub fn init_encrypted(
+        storage: Arc<dyn Storage>,
+        options: &InitOptions,
+        secret: &Secret,
+        cost: PasswordCost,
+    ) -> Result<Arc<Self>, RepoError> {
+        Self::make(storage, options, Some((secret, cost)))
+    }
+
+    fn make(
+        storage: Arc<dyn Storage>,
+        options: &InitOptions,
+        secret: Option<(&Secret, PasswordCost)>,
+    ) -> Result<Arc<Self>, RepoError> {
         let found = storage.list("")?;
-        // A key alone is what an init leaves that was killed: no data can hang on it.
-        let other = found
-            .iter()
-            .find(|file| !KEY_FILES.contains(&file.name.as_str()));
-        if let Some(file) = other {
+        if let Some(file) = found.iter().find(|file| !is_first_slot(&file.name)) {
             return Err(not_empty(&*storage, &file.name));
         }
-        if found.is_empty() {
-            let slot = KeySlot::Clear {
-                master: random_bytes()?,
-            };
-            // Exactly one of several that run at once gets past this.
-            create(&*storage, KEY_FILES[0], &slot.encode()?)?;
-        }
-        let (keys, _) = load_keys(&*storage)?;
-        let key_file = storage.read(KEY_FILES[0], MAX_SMALL_FILE)?;
-        match create(&*storage, KEY_FILES[1], &key_file) {
-            Ok(()) | Err(RepoError::NotEmpty { .. }) => {}
-            Err(other) => return Err(other),
-        }
-        let config = Config {
-            features: Features::default(),
-            uuid: RepoUuid::random()?,
-            chunk_size: options.chunk_size,
-            compression: options.compression,
+        let unlocked = first_slot(&*storage, secret, !found.is_empty())?;
+        let encryption = match secret {
+            None => Encryption::None,
+            Some(_) => Encryption::Aes256Gcm,
         };
+        let keys = Keys::derive(&unlocked.master.0, encryption);
+        let config = Config::new(options.chunk_size, options.compression, encryption)?;
         let file = config.encode(keys.mac())?;
         storage.barrier()?;
         create(&*storage, CONFIG_FILES[1], &file)?;
         storage.barrier()?;
         create(&*storage, CONFIG_FILES[0], &file)?;
         storage.barrier()?;
-        Self::open(storage)
+        Self::open_unlocked(storage, unlocked)
     }
 
-    /// Opens a repository.
+    /// Opens a repository that is not encrypted.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Arc<Self>, RepoError> {
-        let mut damaged = Vec::new();
+        Self::open_with(storage, None)
+    }
+
+    /// Opens a repository; an encrypted one needs a secret, and another one takes none.
+    pub fn open_with(
+        storage: Arc<dyn Storage>,
+        secret: Option<&Secret>,
+    ) -> Result<Arc<Self>, RepoError> {
         let present = CONFIG_FILES.iter().any(|file| storage.len(file).is_ok());
         if !present {
             return Err(RepoError::NotARepository {
                 place: storage.place(),
             });
         }
-        let (keys, faults) = load_keys(&*storage)?;
-        damaged.extend(faults);
+        let unlocked = unlock(&*storage, secret)?;
+        Self::open_unlocked(storage, unlocked)
+    }
+
+    fn open_unlocked(
+        storage: Arc<dyn Storage>,
+        unlocked: Unlocked,
+    ) -> Result<Arc<Self>, RepoError> {
+        let Unlocked {
+            master,
+            slot,
+            mut damaged,
+        } = unlocked;
+        let keys = Keys::derive(&master.0, Encryption::None);
         let config = first_good(&CONFIG_FILES, &mut damaged, |file| {
             let bytes = storage.read(file, MAX_SMALL_FILE)?;
             Config::decode(&bytes, keys.mac()).map_err(|e| e.in_file(file))
         })?;
+        let keys = Arc::new(Keys::derive(&master.0, config.encryption));
         let index = Arc::new(Index::new(Arc::clone(&storage)));
-        let nodes = Nodes::new(Arc::clone(&storage), keys.clone(), Arc::clone(&index));
+        let nodes = Nodes::new(
+            Arc::clone(&storage),
+            config.uuid,
+            Arc::clone(&keys),
+            Arc::clone(&index),
+        );
         for (file, error) in &damaged {
             tracing::error!(%error, file, "a copy of a small file is damaged; its other copy is used");
         }
@@ -109,6 +141,8 @@ impl Repository {
             storage,
             config,
             keys,
+            master,
+            slot,
             index,
             nodes: Arc::new(nodes),
             damaged,
@@ -128,6 +162,11 @@ impl Repository {
     /// How chunks are compressed unless a session says otherwise.
     pub fn compression(&self) -> Compression {
         self.config.compression
+    }
+
+    /// Whether and how it is encrypted.
+    pub fn encryption(&self) -> Encryption {
+        self.config.encryption
     }
 
     /// Returns what was found damaged so far and done without: copies of small files, and index segments.
@@ -171,7 +210,7 @@ impl Repository {
             Err(StorageError::Missing { .. }) => return Err(RepoError::NoSuchSnapshot { id: *id }),
             Err(other) => return Err(other.into()),
         };
-        let snapshot = Snapshot::decode(&bytes, self.keys.mac(), self.chunk_size())
+        let snapshot = Snapshot::decode(&bytes, &self.keys, self.chunk_size())
             .map_err(|e| e.in_file(&file))?;
         if snapshot.id != *id || snapshot.repo != self.uuid() {
             let what = format!(
@@ -225,8 +264,18 @@ impl Repository {
         &self.storage
     }
 
-    pub(crate) fn keys(&self) -> &Keys {
+    pub(crate) fn keys(&self) -> &Arc<Keys> {
         &self.keys
+    }
+
+    /// The key that all others are derived from.
+    pub(super) fn master(&self) -> &Master {
+        &self.master.0
+    }
+
+    /// The key slot that opened this.
+    pub(super) fn slot(&self) -> Option<u32> {
+        self.slot
     }
 
     pub(crate) fn index(&self) -> &Index {
@@ -238,8 +287,8 @@ impl Repository {
     }
 }
 
-/// Creates a small file; that it is there already means that another init runs or ran.
-fn create(storage: &dyn Storage, name: &str, bytes: &[u8]) -> Result<(), RepoError> {
+/// Creates a small file; that it is there already means that another process made it.
+pub(super) fn create(storage: &dyn Storage, name: &str, bytes: &[u8]) -> Result<(), RepoError> {
     let mut file = storage.create()?;
     file.write(bytes)?;
     match file.publish(name) {
@@ -249,21 +298,11 @@ fn create(storage: &dyn Storage, name: &str, bytes: &[u8]) -> Result<(), RepoErr
     }
 }
 
-fn not_empty(storage: &dyn Storage, file: &str) -> RepoError {
+pub(super) fn not_empty(storage: &dyn Storage, file: &str) -> RepoError {
     RepoError::NotEmpty {
         place: storage.place(),
         file: file.to_owned(),
     }
-}
-
-/// Reads the master key, and says which copies were damaged.
-fn load_keys(storage: &dyn Storage) -> Result<(Keys, Vec<(String, RepoError)>), RepoError> {
-    let mut damaged = Vec::new();
-    let KeySlot::Clear { master } = first_good(&KEY_FILES, &mut damaged, |file| {
-        let bytes = storage.read(file, MAX_SMALL_FILE)?;
-        KeySlot::decode(&bytes).map_err(|e| e.in_file(file))
-    })?;
-    Ok((Keys::derive(&master), damaged))
 }
 
 /// Returns the first copy that can be read, else what was wrong with the first.
@@ -292,6 +331,3 @@ fn first_good<T>(
 
 /// The two copies of the configuration.
 const CONFIG_FILES: [&str; 2] = ["config", "config.bak"];
-
-/// The two copies of the key slot of kind 0.
-const KEY_FILES: [&str; 2] = ["keys/0", "keys/0.bak"];

@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::chunk::{ChunkEntry, Place, RecordFlags, is_zero};
+use super::cipher::Encryption;
 use super::compress::{Compression, compress};
 use super::error::RepoError;
 use super::format::pack::{PackKind, PackTrailer};
 use super::format::snapshot::file_name;
 use super::ids::{NodeId, PackId, SnapshotId};
 use super::map::MapWriter;
-use super::pack::Packs;
+use super::pack::{Body, Packs};
 use super::repository::Repository;
 use super::snapshot::{MapRoot, Snapshot, SnapshotDraft};
 use super::storage::StorageError;
@@ -66,7 +67,8 @@ impl Session {
     ) -> Result<Self, RepoError> {
         let id = SnapshotId::random()?;
         let storage = Arc::clone(repo.storage());
-        let packs = Packs::new(storage, repo.uuid(), id, options.pack_bytes)?;
+        let keys = Arc::clone(repo.keys());
+        let packs = Packs::new(storage, repo.uuid(), keys, id, options.pack_bytes)?;
         let core = SessionCore {
             compression: options.compression.unwrap_or(repo.compression()),
             remembered: options.remembered.max(1),
@@ -136,13 +138,26 @@ pub(crate) struct SessionCore {
 
 impl SessionCore {
     /// Stores a map node, unless the repository has it; says where it is and whether it is new.
-    pub(crate) fn store_node(&self, id: &NodeId, node: &[u8]) -> Result<(Place, bool), RepoError> {
+    pub(crate) fn store_node(
+        &self,
+        id: &NodeId,
+        mut node: Vec<u8>,
+    ) -> Result<(Place, bool), RepoError> {
         self.check()?;
         if let Some(place) = self.known(PackKind::Meta, id.as_bytes())? {
             return Ok((place, false));
         }
         // Nodes are made of hashes, which do not compress.
-        self.append(PackKind::Meta, id.as_bytes(), node, RecordFlags::RAW)
+        let kind = PackKind::Meta;
+        match self.repo.encryption() {
+            Encryption::None => {
+                self.append(kind, id.as_bytes(), Body::Clear(&node), RecordFlags::RAW)
+            }
+            Encryption::Aes256Gcm => {
+                let body = Body::ToSeal(&mut node);
+                self.append(kind, id.as_bytes(), body, RecordFlags::RAW)
+            }
+        }
     }
 
     /// Remembers a root whose nodes this session made durable or found durable.
@@ -176,11 +191,17 @@ impl SessionCore {
         COMPRESSED.with_borrow_mut(|compressed| {
             let flags = compress(plain, self.compression, compressed)
                 .map_err(|e| RepoError::io("compress a chunk", e))?;
-            let stored = match flags {
-                RecordFlags::RAW => plain,
-                _ => compressed,
+            let body = match (self.repo.encryption(), flags) {
+                (Encryption::None, RecordFlags::RAW) => Body::Clear(plain),
+                (Encryption::None, _) => Body::Clear(compressed),
+                (Encryption::Aes256Gcm, RecordFlags::RAW) => {
+                    compressed.clear();
+                    compressed.extend_from_slice(plain);
+                    Body::ToSeal(compressed)
+                }
+                (Encryption::Aes256Gcm, _) => Body::ToSeal(compressed),
             };
-            let (place, is_new) = self.append(PackKind::Data, id.as_bytes(), stored, flags)?;
+            let (place, is_new) = self.append(PackKind::Data, id.as_bytes(), body, flags)?;
             Ok(StoredChunk {
                 entry: Some(ChunkEntry { id, place }),
                 is_new,
@@ -232,7 +253,7 @@ impl SessionCore {
             packs,
         };
         let mut file = storage.create()?;
-        file.write(&snapshot.encode(self.repo.keys().mac())?)?;
+        file.write(&snapshot.encode(self.repo.keys())?)?;
         match file.publish(&file_name(&self.id)) {
             Ok(()) => {}
             Err(StorageError::Exists { .. }) => return Err(RepoError::Fenced { id: self.id }),
@@ -254,10 +275,10 @@ impl SessionCore {
         &self,
         kind: PackKind,
         id: &[u8; 32],
-        stored: &[u8],
+        body: Body<'_>,
         flags: RecordFlags,
     ) -> Result<(Place, bool), RepoError> {
-        let appended = self.packs.append(kind, id, stored, flags)?;
+        let appended = self.packs.append(kind, id, body, flags)?;
         if self.packs.remembered() >= self.remembered {
             self.spill().map_err(|e| self.packs.fail(e))?;
         }

@@ -170,6 +170,27 @@ fn repository(fault: RepoFault) -> (&'static str, u8, bool, Option<&'static str>
             true,
             Some("check the repository's permissions and its disk"),
         ),
+        RepoFault::SecretNeeded => (
+            "password-needed",
+            12,
+            false,
+            Some("give --password-file, --password-command or --key-file"),
+        ),
+        RepoFault::WrongSecret => (
+            "wrong-password",
+            12,
+            false,
+            Some(
+                "check where the password comes from: --password-file, the environment, a credential",
+            ),
+        ),
+        RepoFault::NotEncrypted => (
+            "not-encrypted",
+            12,
+            false,
+            Some("check --repo; a repository without encryption is used without a password"),
+        ),
+        RepoFault::KeySlot => ("key-slot", 1, false, Some("see nbdbackup key list")),
         RepoFault::Busy => ("repository-busy", 11, true, Some("try again")),
         RepoFault::Internal => ("failed", 1, false, None),
     }

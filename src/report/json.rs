@@ -6,8 +6,8 @@ use serde::Serialize;
 use super::{Failure, Outcome};
 use crate::engine::{
     BackupKind, BackupOutcome, ByteRange, ContextMap, DiffOutcome, DiskBackup, DiskRecord,
-    ExportInfo, InfoOutcome, InitOutcome, Progress, RestoreOutcome, ServeOutcome, ServedExport,
-    Snapshot, SnapshotsOutcome, Warning,
+    ExportInfo, InfoOutcome, InitOutcome, KeyOutcome, Progress, RestoreOutcome, ServeOutcome,
+    ServedExport, SlotInfo, Snapshot, SnapshotsOutcome, Warning,
 };
 
 /// The number of the schema; fields are only ever added within one.
@@ -149,6 +149,7 @@ enum Detail {
     Show { snapshot: SnapshotResult },
     Info(InfoResult),
     Diff(DiffResult),
+    Key(KeyResult),
 }
 
 impl From<&Outcome> for ResultLine {
@@ -167,6 +168,7 @@ impl From<&Outcome> for ResultLine {
             ),
             Outcome::Info(o) => ("info", Detail::Info(o.into())),
             Outcome::Diff(o) => ("diff", Detail::Diff(o.into())),
+            Outcome::Key(o) => ("key", Detail::Key(o.into())),
         };
         Self {
             command,
@@ -192,7 +194,7 @@ impl From<&InitOutcome> for InitResult {
             uuid: o.uuid.clone(),
             chunk_bytes: o.chunk_bytes,
             compression: o.compression.clone(),
-            encryption: "none",
+            encryption: o.encryption,
         }
     }
 }
@@ -517,6 +519,50 @@ impl From<&DiffOutcome> for DiffResult {
             b_size_bytes: o.sizes_bytes[1],
             differing_bytes: o.ranges.iter().map(|r| r.len()).sum(),
             ranges: o.ranges.iter().map(range).collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct KeyResult {
+    repository: String,
+    action: &'static str,
+    added: Option<u32>,
+    removed: Option<u32>,
+    slots: Vec<SlotResult>,
+}
+
+impl From<&KeyOutcome> for KeyResult {
+    fn from(o: &KeyOutcome) -> Self {
+        Self {
+            repository: o.repository.clone(),
+            action: o.action.as_str(),
+            added: o.added,
+            removed: o.removed,
+            slots: o.slots.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct SlotResult {
+    slot: u32,
+    kind: &'static str,
+    label: Option<String>,
+    current: bool,
+    argon2_memory_bytes: Option<u64>,
+    argon2_passes: Option<u32>,
+}
+
+impl From<&SlotInfo> for SlotResult {
+    fn from(s: &SlotInfo) -> Self {
+        Self {
+            slot: s.number,
+            kind: s.kind.as_str(),
+            label: s.label.clone(),
+            current: s.current,
+            argon2_memory_bytes: s.cost.map(|c| u64::from(c.memory_kib()) << 10),
+            argon2_passes: s.cost.map(|c| c.passes()),
         }
     }
 }

@@ -12,8 +12,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use crate::engine::{
-    BackupOutcome, DiffOutcome, Event, InfoOutcome, InitOutcome, Observer, RestoreOutcome,
-    ServeOutcome, Snapshot, SnapshotsOutcome, Warning,
+    BackupOutcome, DiffOutcome, Event, InfoOutcome, InitOutcome, KeyOutcome, Observer,
+    RestoreOutcome, ServeOutcome, Snapshot, SnapshotsOutcome, Warning,
 };
 use progress::{Bar, Pace};
 
@@ -36,6 +36,8 @@ pub enum Outcome {
     Info(InfoOutcome),
     /// Two snapshots were compared.
     Diff(DiffOutcome),
+    /// Keys were listed or changed.
+    Key(KeyOutcome),
 }
 
 /// How a run reports.

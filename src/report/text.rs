@@ -8,7 +8,8 @@ use indicatif::HumanBytes;
 use super::Outcome;
 use super::json::kind;
 use crate::engine::{
-    BackupOutcome, DiffOutcome, InfoOutcome, Progress, ServedExport, Snapshot, SnapshotsOutcome,
+    BackupOutcome, DiffOutcome, InfoOutcome, KeyOutcome, Progress, ServedExport, Snapshot,
+    SnapshotsOutcome,
 };
 
 /// Writes the text of an outcome; writing to a string cannot fail.
@@ -16,11 +17,12 @@ pub(super) fn outcome(out: &mut String, outcome: &Outcome) {
     let _ = match outcome {
         Outcome::Init(o) => writeln!(
             out,
-            "created repository {} at {}: chunks of {}, compression {}, not encrypted",
+            "created repository {} at {}: chunks of {}, compression {}, encryption {}",
             o.uuid,
             o.repository,
             HumanBytes(o.chunk_bytes),
-            o.compression
+            o.compression,
+            o.encryption
         ),
         Outcome::Backup(o) => backup(out, o),
         Outcome::Restore(o) if o.target == "-" => Ok(()),
@@ -46,6 +48,7 @@ pub(super) fn outcome(out: &mut String, outcome: &Outcome) {
         Outcome::Show(s) => show(out, s),
         Outcome::Info(o) => info(out, o),
         Outcome::Diff(o) => diff(out, o),
+        Outcome::Key(o) => keys(out, o),
     };
 }
 
@@ -257,6 +260,31 @@ fn info(out: &mut String, o: &InfoOutcome) -> std::fmt::Result {
             printable(&bitmap.name),
             HumanBytes(bitmap.dirty_bytes)
         )?;
+    }
+    Ok(())
+}
+
+fn keys(out: &mut String, o: &KeyOutcome) -> std::fmt::Result {
+    if let Some(slot) = o.added {
+        writeln!(out, "added key slot {slot}")?;
+    }
+    if let Some(slot) = o.removed {
+        writeln!(out, "removed key slot {slot}")?;
+    }
+    if o.slots.is_empty() {
+        writeln!(out, "no key slots: the repository is not encrypted")?;
+    }
+    for s in &o.slots {
+        let mark = if s.current { '*' } else { ' ' };
+        write!(out, "{mark} {:>2}  {:<8}", s.number, s.kind.as_str())?;
+        if let Some(cost) = &s.cost {
+            let memory = HumanBytes(u64::from(cost.memory_kib()) << 10);
+            write!(out, "  argon2id {memory}, {} passes", cost.passes())?;
+        }
+        if let Some(label) = &s.label {
+            write!(out, "  {}", printable(label))?;
+        }
+        out.push('\n');
     }
     Ok(())
 }

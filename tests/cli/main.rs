@@ -2,6 +2,7 @@
 
 mod command;
 mod json;
+mod key;
 mod snapshots;
 #[path = "../support/mod.rs"]
 mod support;

@@ -13,7 +13,10 @@ struct Sample {
 }
 
 fn sample() -> Sample {
-    let (storage, repo) = new_repo();
+    sample_in(new_repo())
+}
+
+fn sample_in((storage, repo): (MemoryStorage, Arc<Repository>)) -> Sample {
     let mut rng = Rng(9);
     // Few and small chunks, so that every byte of every file can be damaged in turn.
     let mut disk = vec![0; 3 * CHUNK + 100];
@@ -35,7 +38,7 @@ fn copy(storage: &MemoryStorage) -> MemoryStorage {
 
 /// Reads all that a damaged repository still gives; panics on wrong data. Returns how many disks were read.
 fn read_all(sample: &Sample, storage: &MemoryStorage, what: &str) -> usize {
-    let Ok(repo) = Repository::open(Arc::new(storage.clone())) else {
+    let Ok(repo) = open_any(Arc::new(storage.clone())) else {
         return 0;
     };
     let list = repo.snapshots().unwrap();
@@ -72,7 +75,15 @@ fn spare(name: &str) -> bool {
 
 #[test]
 fn flipped_bit_in_any_byte_of_any_file_gives_no_wrong_data() {
-    let sample = sample();
+    flip_each_bit(&sample());
+}
+
+#[test]
+fn flipped_bit_in_any_byte_of_an_encrypted_file_gives_no_wrong_data() {
+    flip_each_bit(&sample_in(new_encrypted_repo()));
+}
+
+fn flip_each_bit(sample: &Sample) {
     let mut harmless = Vec::new();
     for file in sample.storage.list("").unwrap() {
         let good = sample.storage.read(&file.name, u64::MAX).unwrap();
@@ -83,7 +94,7 @@ fn flipped_bit_in_any_byte_of_any_file_gives_no_wrong_data() {
             let mut bytes = good.clone();
             bytes[at] ^= 1 << (at % 8);
             damaged.damage(&file.name, bytes);
-            let read = read_all(&sample, &damaged, &format!("{} at {at}", file.name));
+            let read = read_all(sample, &damaged, &format!("{} at {at}", file.name));
             if spare(&file.name) {
                 assert_eq!(read, 2, "{} at {at}: not made up for", file.name);
             } else if read == 2 {

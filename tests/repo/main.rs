@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod encryption;
 mod format_doc;
 mod map_model;
 mod round_trip;

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use nbdbackup::repo::{
     BackupKind, Batcher, ChunkRead, ChunkSize, Compression, DiskRecord, DiskStats, FileInfo,
-    InitOptions, MapRoot, MemoryStorage, NewFile, ReadBuffers, RepoError, Repository, Run, Session,
-    SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage, StorageError,
+    InitOptions, MapRoot, MemoryStorage, NewFile, PasswordCost, ReadBuffers, RepoError, Repository,
+    Run, Secret, Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage,
+    StorageError,
 };
 
 pub(crate) const CHUNK: usize = 64 << 10;
@@ -61,6 +62,27 @@ pub(crate) fn new_repo() -> (MemoryStorage, Arc<Repository>) {
     let storage = MemoryStorage::new();
     let repo = Repository::init(Arc::new(storage.clone()), &options()).unwrap();
     (storage, repo)
+}
+
+/// The key file that opens the encrypted repositories of the tests.
+pub(crate) fn key_file() -> Secret {
+    Secret::key_file(vec![9; 64]).unwrap()
+}
+
+pub(crate) fn new_encrypted_repo() -> (MemoryStorage, Arc<Repository>) {
+    let storage = MemoryStorage::new();
+    let at = Arc::new(storage.clone());
+    let cost = PasswordCost::default();
+    let repo = Repository::init_encrypted(at, &options(), &key_file(), cost).unwrap();
+    (storage, repo)
+}
+
+/// Opens a repository, with the key file if it is an encrypted one.
+pub(crate) fn open_any(storage: Arc<dyn Storage>) -> Result<Arc<Repository>, RepoError> {
+    match Repository::open(Arc::clone(&storage)) {
+        Err(RepoError::SecretNeeded) => Repository::open_with(storage, Some(&key_file())),
+        other => other,
+    }
 }
 
 pub(crate) fn draft(disk: &str, size_bytes: u64, root: MapRoot) -> SnapshotDraft {

@@ -1,8 +1,9 @@
 //! `nbdbackup init`
 
 use crate::cli::args::{Encryption, Global, Init};
-use crate::cli::config;
-use crate::engine::{Catalog, EngineError};
+use crate::cli::{config, secret};
+use crate::engine::{Catalog, EngineError, InitRequest};
+use crate::repo::{PasswordCost, Secret, SecretKind};
 use crate::report::Outcome;
 
 pub(super) async fn run(global: &Global, args: &Init) -> Result<Outcome, EngineError> {
@@ -10,12 +11,49 @@ pub(super) async fn run(global: &Global, args: &Init) -> Result<Outcome, EngineE
         Some(text) => Some(config::compression(text)?),
         None => None,
     };
-    let Encryption::None = args.encryption;
-    Catalog::init(
-        config::repository_path(global)?,
-        args.chunk_size,
+    let path = config::repository_path(global)?;
+    let request = InitRequest {
+        chunk_bytes: args.chunk_size,
         compression,
-    )
-    .await
-    .map(Outcome::Init)
+        secret: secret_of(global, args)?,
+    };
+    Catalog::init(path, request).await.map(Outcome::Init)
+}
+
+/// Finds the secret of a new repository; `None` only where that is said aloud.
+fn secret_of(global: &Global, args: &Init) -> Result<Option<(Secret, PasswordCost)>, EngineError> {
+    let usage = |text: &str| Err(EngineError::Usage(text.to_owned()));
+    let given = secret::given(global)?;
+    if args.encryption == Some(Encryption::None) {
+        return match given {
+            None => Ok(None),
+            Some(_) => usage("a password or key file is given, but --encryption none takes none"),
+        };
+    }
+    let secret = match given {
+        Some(secret) => secret,
+        None if args.encryption == Some(Encryption::KeyFile) => {
+            return usage("no key file: give --key-file or set NBDBACKUP_KEY_FILE");
+        }
+        None => match secret::ask_new()? {
+            Some(secret) => secret,
+            None => {
+                return usage(
+                    "no password: give --password-file, --password-command or --key-file, or say --encryption none",
+                );
+            }
+        },
+    };
+    match (args.encryption, secret.kind()) {
+        (Some(Encryption::Password), SecretKind::KeyFile) => {
+            usage("a key file is given, but --encryption password wants a password")
+        }
+        (Some(Encryption::KeyFile), SecretKind::Password) => {
+            usage("a password is given, but --encryption key-file wants a key file")
+        }
+        _ => {
+            let cost = secret::cost(args.cost.argon2_memory, args.cost.argon2_passes)?;
+            Ok(Some((secret, cost)))
+        }
+    }
 }

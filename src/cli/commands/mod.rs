@@ -4,6 +4,7 @@ mod backup;
 mod diff;
 mod info;
 mod init;
+mod key;
 mod restore;
 mod show;
 mod snapshots;
@@ -38,6 +39,7 @@ pub(super) async fn run(
         Command::Show(args) => until(ended, show::run(global, &args)).await,
         Command::Info(args) => until(ended, info::run(&args)).await,
         Command::Diff(args) => until(ended, diff::run(global, &args)).await,
+        Command::Key(args) => until(ended, key::run(global, args)).await,
     }
 }
 

@@ -5,6 +5,7 @@ use super::envelope::{self, PAYLOAD_AT};
 use super::tlv::{TlvWriter, once, read_tlvs, required};
 use super::{DecodeError, FileKind};
 use crate::repo::chunk::ChunkSize;
+use crate::repo::cipher::Encryption;
 use crate::repo::compress::Compression;
 use crate::repo::error::RepoError;
 use crate::repo::ids::RepoUuid;
@@ -16,16 +17,32 @@ pub(crate) struct Config {
     pub(crate) uuid: RepoUuid,
     pub(crate) chunk_size: ChunkSize,
     pub(crate) compression: Compression,
+    pub(crate) encryption: Encryption,
 }
 
 impl Config {
+    /// Makes the configuration of a new repository.
+    pub(crate) fn new(
+        chunk_size: ChunkSize,
+        compression: Compression,
+        encryption: Encryption,
+    ) -> Result<Self, RepoError> {
+        Ok(Self {
+            features: Features::of(encryption),
+            uuid: RepoUuid::random()?,
+            chunk_size,
+            compression,
+            encryption,
+        })
+    }
+
     pub(crate) fn encode(&self, mac_key: &[u8; 32]) -> Result<Vec<u8>, RepoError> {
         let mut tlv = TlvWriter::default();
         self.features.put(TAG_FEATURES, &mut tlv)?;
         tlv.put(TAG_UUID, self.uuid.as_bytes())?;
         tlv.put(TAG_CHUNK_LOG2, &[self.chunk_size.log2()])?;
         tlv.put(TAG_HASH, &[HASH_KEYED_BLAKE3])?;
-        tlv.put(TAG_AEAD, &[AEAD_NONE])?;
+        tlv.put(TAG_CIPHER, &[self.encryption.code()])?;
         let (code, level) = self.compression.code();
         let mut compression = vec![code];
         compression.extend_from_slice(&level.to_le_bytes());
@@ -39,7 +56,7 @@ impl Config {
         let opened = envelope::unwrap(file, FileKind::Config, true)?;
         opened.check_mac(mac_key)?;
         let (mut features, mut uuid, mut chunk, mut compression) = (None, None, None, None);
-        let (mut hash, mut aead) = (None, None);
+        let (mut hash, mut cipher) = (None, None);
         for tlv in read_tlvs(opened.payload, PAYLOAD_AT) {
             let tlv = tlv?;
             match tlv.tag {
@@ -53,7 +70,7 @@ impl Config {
                     once(&mut chunk, size, &tlv)?;
                 }
                 TAG_HASH => once(&mut hash, tlv.u8("hash")?, &tlv)?,
-                TAG_AEAD => once(&mut aead, tlv.u8("cipher")?, &tlv)?,
+                TAG_CIPHER => once(&mut cipher, tlv.u8("cipher")?, &tlv)?,
                 TAG_COMPRESSION => {
                     let (code, level) = tlv.whole("compression", |c| {
                         Ok((c.u8("compression")?, c.u32("compression level")?))
@@ -73,15 +90,15 @@ impl Config {
             HASH_KEYED_BLAKE3 => {}
             other => return Err(DecodeError::unsupported(format!("hash {other}"))),
         }
-        match required(aead, PAYLOAD_AT, "cipher")? {
-            AEAD_NONE => {}
-            other => return Err(DecodeError::unsupported(format!("cipher {other}"))),
-        }
+        let code = required(cipher, PAYLOAD_AT, "cipher")?;
+        let encryption = Encryption::from_code(code)
+            .ok_or_else(|| DecodeError::unsupported(format!("cipher {code}")))?;
         Ok(Self {
             features,
             uuid: RepoUuid::from_bytes(required(uuid, PAYLOAD_AT, "uuid")?),
             chunk_size: required(chunk, PAYLOAD_AT, "chunk size")?,
             compression: required(compression, PAYLOAD_AT, "compression")?,
+            encryption,
         })
     }
 }
@@ -111,9 +128,20 @@ impl Features {
         })
     }
 
-    /// Fails when reading needs a feature that this program does not know; it knows none yet.
+    /// The features of what is encrypted so.
+    pub(crate) fn of(encryption: Encryption) -> Self {
+        Self {
+            incompat: match encryption {
+                Encryption::None => 0,
+                Encryption::Aes256Gcm => ENCRYPTED,
+            },
+            ..Self::default()
+        }
+    }
+
+    /// Fails when reading needs a feature that this program does not know.
     pub(crate) fn check(&self) -> Result<(), DecodeError> {
-        match self.incompat {
+        match self.incompat & !ENCRYPTED {
             0 => Ok(()),
             bits => Err(DecodeError::unsupported(format!(
                 "features {bits:#x} for reading"
@@ -131,11 +159,13 @@ const TAG_FEATURES: u16 = 1;
 const TAG_UUID: u16 = 2;
 const TAG_CHUNK_LOG2: u16 = 3;
 const TAG_HASH: u16 = 4;
-const TAG_AEAD: u16 = 5;
+const TAG_CIPHER: u16 = 5;
 const TAG_COMPRESSION: u16 = 6;
 
+/// The `incompat` bit of what is encrypted.
+const ENCRYPTED: u64 = 1;
+
 const HASH_KEYED_BLAKE3: u8 = 1;
-const AEAD_NONE: u8 = 0;
 
 #[cfg(test)]
 mod tests {
@@ -144,10 +174,11 @@ mod tests {
 
     fn sample() -> Config {
         Config {
-            features: Features::default(),
+            features: Features::of(Encryption::Aes256Gcm),
             uuid: RepoUuid::from_bytes([7; 16]),
             chunk_size: ChunkSize::default(),
             compression: Compression::Zstd { level: -3 },
+            encryption: Encryption::Aes256Gcm,
         }
     }
 

@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn places_do_not_change_the_id_and_positions_do() {
-        let keys = Keys::derive(&[9; 32]);
+        let keys = Keys::derive(&[9; 32], crate::repo::cipher::Encryption::None);
         let with = |slot: usize, child: Child| {
             let mut slots = [None; FAN_OUT];
             slots[slot] = Some(child);

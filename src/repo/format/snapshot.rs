@@ -7,8 +7,10 @@ use super::pack::PackKind;
 use super::tlv::{Tlv, TlvWriter, once, read_tlvs, required};
 use super::{DecodeError, FileKind};
 use crate::repo::chunk::{ChunkSize, Place, RecordFlags};
+use crate::repo::cipher::{Encryption, open_text, seal_text};
 use crate::repo::error::RepoError;
 use crate::repo::ids::{NodeId, PackId, RepoUuid, SnapshotId};
+use crate::repo::keys::Keys;
 use crate::repo::snapshot::{
     BackupKind, DiskRecord, DiskStats, MapRoot, NodeRef, Snapshot, SnapshotDraft, WrittenPack,
     level_for,
@@ -20,12 +22,26 @@ pub(crate) fn file_name(id: &SnapshotId) -> String {
 }
 
 impl Snapshot {
-    pub(crate) fn encode(&self, mac_key: &[u8; 32]) -> Result<Vec<u8>, RepoError> {
-        let draft = &self.draft;
+    pub(crate) fn encode(&self, keys: &Keys) -> Result<Vec<u8>, RepoError> {
         let mut tlv = TlvWriter::default();
-        Features::default().put(TAG_FEATURES, &mut tlv)?;
+        Features::of(keys.encryption()).put(TAG_FEATURES, &mut tlv)?;
         tlv.put(TAG_ID, self.id.as_bytes())?;
         tlv.put(TAG_REPO, self.repo.as_bytes())?;
+        match keys.encryption() {
+            Encryption::None => self.put_fields(&mut tlv)?,
+            Encryption::Aes256Gcm => {
+                let mut fields = TlvWriter::default();
+                self.put_fields(&mut fields)?;
+                let sealed = seal_text(keys.texts(), &sealed_for(&self.id), fields.finish())?;
+                tlv.put(TAG_SEALED, &sealed)?;
+            }
+        }
+        envelope::wrap(FileKind::Snapshot, &tlv.finish(), Some(keys.mac()))
+            .map_err(|e| e.in_file(&file_name(&self.id)))
+    }
+
+    fn put_fields(&self, tlv: &mut TlvWriter) -> Result<(), RepoError> {
+        let draft = &self.draft;
         tlv.put(TAG_NAME, draft.name.as_bytes())?;
         for tag in &draft.tags {
             tlv.put(TAG_TAG, tag.as_bytes())?;
@@ -40,21 +56,18 @@ impl Snapshot {
         for disk in &draft.disks {
             tlv.put(TAG_DISK, &encode_disk(disk)?)?;
         }
-        envelope::wrap(FileKind::Snapshot, &tlv.finish(), Some(mac_key))
-            .map_err(|e| e.in_file(&file_name(&self.id)))
+        Ok(())
     }
 
     /// Reads the fields of a file whose MAC fits.
     pub(crate) fn decode(
         file: &[u8],
-        mac_key: &[u8; 32],
+        keys: &Keys,
         chunk_size: ChunkSize,
     ) -> Result<Self, DecodeError> {
         let opened = envelope::unwrap(file, FileKind::Snapshot, true)?;
-        opened.check_mac(mac_key)?;
-        let (mut features, mut id, mut repo, mut name) = (None, None, None, None);
-        let (mut started, mut finished, mut tool, mut complete) = (None, None, None, None);
-        let (mut tags, mut packs, mut disks) = (Vec::new(), Vec::new(), Vec::new());
+        opened.check_mac(keys.mac())?;
+        let (mut features, mut id, mut repo, mut sealed) = (None, None, None, None);
         for tlv in read_tlvs(opened.payload, PAYLOAD_AT) {
             let tlv = tlv?;
             match tlv.tag {
@@ -65,33 +78,70 @@ impl Snapshot {
                 }
                 TAG_ID => once(&mut id, tlv.array("snapshot id")?, &tlv)?,
                 TAG_REPO => once(&mut repo, tlv.array("repository uuid")?, &tlv)?,
-                TAG_NAME => once(&mut name, tlv.text("name")?, &tlv)?,
-                TAG_TAG => tags.push(tlv.text("tag")?),
-                TAG_STARTED => once(&mut started, nanos(&tlv)?, &tlv)?,
-                TAG_FINISHED => once(&mut finished, nanos(&tlv)?, &tlv)?,
-                TAG_TOOL => once(&mut tool, tlv.text("tool")?, &tlv)?,
-                TAG_COMPLETE => once(&mut complete, flag(&tlv)?, &tlv)?,
-                TAG_PACK => packs.push(tlv.whole("pack", decode_pack)?),
-                TAG_DISK => disks.push(decode_disk(&tlv, chunk_size)?),
+                TAG_SEALED => once(&mut sealed, tlv.value, &tlv)?,
                 _ => {}
             }
         }
         required(features, PAYLOAD_AT, "list of features")?;
+        let id = SnapshotId::from_bytes(required(id, PAYLOAD_AT, "snapshot id")?);
+        let repo = RepoUuid::from_bytes(required(repo, PAYLOAD_AT, "repository uuid")?);
+        let (draft, packs) = match keys.encryption() {
+            Encryption::None => read_fields(opened.payload, PAYLOAD_AT, chunk_size)?,
+            Encryption::Aes256Gcm => {
+                let sealed = required(sealed, PAYLOAD_AT, "sealed part")?;
+                let fields =
+                    open_text(keys.texts(), &sealed_for(&id), sealed).ok_or_else(|| {
+                        DecodeError::corrupt(PAYLOAD_AT, "the sealed part does not open")
+                    })?;
+                // The offsets in messages are those in the sealed part.
+                read_fields(&fields, 0, chunk_size)?
+            }
+        };
         Ok(Self {
-            id: SnapshotId::from_bytes(required(id, PAYLOAD_AT, "snapshot id")?),
-            repo: RepoUuid::from_bytes(required(repo, PAYLOAD_AT, "repository uuid")?),
-            draft: SnapshotDraft {
-                name: required(name, PAYLOAD_AT, "name")?,
-                tags,
-                started_unix_nanos: required(started, PAYLOAD_AT, "start")?,
-                finished_unix_nanos: required(finished, PAYLOAD_AT, "end")?,
-                tool: required(tool, PAYLOAD_AT, "tool")?,
-                complete: required(complete, PAYLOAD_AT, "flag of completeness")?,
-                disks,
-            },
+            id,
+            repo,
+            draft,
             packs,
         })
     }
+}
+
+fn read_fields(
+    bytes: &[u8],
+    at: u64,
+    chunk_size: ChunkSize,
+) -> Result<(SnapshotDraft, Vec<WrittenPack>), DecodeError> {
+    let (mut name, mut started, mut finished) = (None, None, None);
+    let (mut tool, mut complete) = (None, None);
+    let (mut tags, mut packs, mut disks) = (Vec::new(), Vec::new(), Vec::new());
+    for tlv in read_tlvs(bytes, at) {
+        let tlv = tlv?;
+        match tlv.tag {
+            TAG_NAME => once(&mut name, tlv.text("name")?, &tlv)?,
+            TAG_TAG => tags.push(tlv.text("tag")?),
+            TAG_STARTED => once(&mut started, nanos(&tlv)?, &tlv)?,
+            TAG_FINISHED => once(&mut finished, nanos(&tlv)?, &tlv)?,
+            TAG_TOOL => once(&mut tool, tlv.text("tool")?, &tlv)?,
+            TAG_COMPLETE => once(&mut complete, flag(&tlv)?, &tlv)?,
+            TAG_PACK => packs.push(tlv.whole("pack", decode_pack)?),
+            TAG_DISK => disks.push(decode_disk(&tlv, chunk_size)?),
+            _ => {}
+        }
+    }
+    let draft = SnapshotDraft {
+        name: required(name, at, "name")?,
+        tags,
+        started_unix_nanos: required(started, at, "start")?,
+        finished_unix_nanos: required(finished, at, "end")?,
+        tool: required(tool, at, "tool")?,
+        complete: required(complete, at, "flag of completeness")?,
+        disks,
+    };
+    Ok((draft, packs))
+}
+
+fn sealed_for(id: &SnapshotId) -> Vec<u8> {
+    [&b"snapshot"[..], id.as_bytes()].concat()
 }
 
 fn encode_pack(pack: &WrittenPack) -> Vec<u8> {
@@ -285,6 +335,7 @@ const TAG_TOOL: u16 = 8;
 const TAG_COMPLETE: u16 = 9;
 const TAG_PACK: u16 = 10;
 const TAG_DISK: u16 = 11;
+const TAG_SEALED: u16 = 12;
 
 const DISK_NAME: u16 = 1;
 const DISK_SIZE: u16 = 2;
@@ -363,42 +414,65 @@ mod tests {
         }
     }
 
+    fn keys(byte: u8, encryption: Encryption) -> Keys {
+        Keys::derive(&[byte; 32], encryption)
+    }
+
     #[test]
     fn snapshot_survives_its_bytes() {
+        for encryption in [Encryption::None, Encryption::Aes256Gcm] {
+            survives_its_bytes(encryption);
+        }
+    }
+
+    fn survives_its_bytes(encryption: Encryption) {
+        let keys = keys(3, encryption);
         let mut snapshot = sample();
         let chunk_size = ChunkSize::default();
-        let file = snapshot.encode(&[3; 32]).unwrap();
+        let file = snapshot.encode(&keys).unwrap();
         assert_eq!(
-            Snapshot::decode(&file, &[3; 32], chunk_size).unwrap(),
+            Snapshot::decode(&file, &keys, chunk_size).unwrap(),
             snapshot
         );
         snapshot.draft.disks[0].root.node = None;
-        let file = snapshot.encode(&[3; 32]).unwrap();
+        let file = snapshot.encode(&keys).unwrap();
         assert_eq!(
-            Snapshot::decode(&file, &[3; 32], chunk_size).unwrap(),
+            Snapshot::decode(&file, &keys, chunk_size).unwrap(),
             snapshot
         );
-        assert!(Snapshot::decode(&file, &[4; 32], chunk_size).is_err());
+        let other = super::tests::keys(4, encryption);
+        assert!(Snapshot::decode(&file, &other, chunk_size).is_err());
+        let named = file.windows(3).any(|w| w == b"vda" || w == b"web");
+        assert_eq!(named, encryption == Encryption::None);
+    }
+
+    #[test]
+    fn snapshot_in_the_clear_is_refused_where_all_are_sealed() {
+        let file = sample().encode(&keys(3, Encryption::None)).unwrap();
+        let sealed = keys(3, Encryption::Aes256Gcm);
+        assert!(Snapshot::decode(&file, &sealed, ChunkSize::default()).is_err());
     }
 
     #[test]
     fn map_whose_height_does_not_fit_the_disk_is_refused() {
+        let keys = keys(3, Encryption::None);
         let mut snapshot = sample();
         snapshot.draft.disks[0].size_bytes = 1;
-        let file = snapshot.encode(&[3; 32]).unwrap();
-        assert!(Snapshot::decode(&file, &[3; 32], ChunkSize::default()).is_err());
+        let file = snapshot.encode(&keys).unwrap();
+        assert!(Snapshot::decode(&file, &keys, ChunkSize::default()).is_err());
     }
 
     proptest! {
         #[test]
         fn damaged_payload_under_a_good_mac_never_panics(at: prop::sample::Index, to: u8, cut: prop::sample::Index) {
-            let file = sample().encode(&[3; 32]).unwrap();
+            let keys = keys(3, Encryption::None);
+            let file = sample().encode(&keys).unwrap();
             let mut payload = file[PAYLOAD_AT as usize..file.len() - 64].to_vec();
             let i = at.index(payload.len());
             payload[i] = to;
             payload.truncate(cut.index(payload.len()) + 1);
-            let file = envelope::wrap(FileKind::Snapshot, &payload, Some(&[3; 32])).unwrap();
-            let _ = Snapshot::decode(&file, &[3; 32], ChunkSize::default());
+            let file = envelope::wrap(FileKind::Snapshot, &payload, Some(keys.mac())).unwrap();
+            let _ = Snapshot::decode(&file, &keys, ChunkSize::default());
         }
     }
 }

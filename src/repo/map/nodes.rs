@@ -7,10 +7,10 @@ use super::super::chunk::Place;
 use super::super::error::RepoError;
 use super::super::format::node::{MAX_NODE, Node};
 use super::super::format::pack::PackKind;
-use super::super::ids::NodeId;
+use super::super::ids::{NodeId, RepoUuid};
 use super::super::index::Index;
 use super::super::keys::Keys;
-use super::super::record;
+use super::super::record::{self, Expected};
 use super::super::snapshot::NodeRef;
 use super::super::storage::Storage;
 
@@ -18,15 +18,22 @@ use super::super::storage::Storage;
 #[derive(Debug)]
 pub(crate) struct Nodes {
     storage: Arc<dyn Storage>,
-    keys: Keys,
+    repo: RepoUuid,
+    keys: Arc<Keys>,
     index: Arc<Index>,
     cache: Cache<NodeId, Node>,
 }
 
 impl Nodes {
-    pub(crate) fn new(storage: Arc<dyn Storage>, keys: Keys, index: Arc<Index>) -> Self {
+    pub(crate) fn new(
+        storage: Arc<dyn Storage>,
+        repo: RepoUuid,
+        keys: Arc<Keys>,
+        index: Arc<Index>,
+    ) -> Self {
         Self {
             storage,
+            repo,
             keys,
             index,
             cache: Cache::new(CACHED_NODES),
@@ -84,15 +91,23 @@ impl Nodes {
     fn load_from(&self, id: NodeId, place: &Place, level: u8) -> Result<Node, RepoError> {
         let file = PackKind::Meta.file_name(&place.pack);
         let at = u64::from(place.offset);
-        let (mut stored, mut scratch) = (Vec::new(), Vec::new());
+        let (mut stored, mut opened, mut plain) = (Vec::new(), Vec::new(), Vec::new());
         if place.len as usize > MAX_STORED_NODE {
             let what = format!("a map node of {} bytes", place.len);
             return Err(RepoError::corrupt(file, at, what));
         }
         record::read_stored(&*self.storage, PackKind::Meta, place, &mut stored)?;
-        let plain = record::decode(&stored, place.flags, MAX_NODE, &mut scratch)
+        let expected = Expected {
+            repo: self.repo,
+            kind: PackKind::Meta,
+            id: id.as_bytes(),
+            place,
+            limit: MAX_NODE,
+        };
+        let decoded = record::decode(&self.keys, &expected, &stored, &mut opened, &mut plain)
             .map_err(|what| RepoError::corrupt(&file, at, what))?;
-        let node = Node::decode(plain, level).map_err(|e| e.in_file_from(&file, at))?;
+        let node = Node::decode(decoded.of(&stored, &opened, &plain), level)
+            .map_err(|e| e.in_file_from(&file, at))?;
         if node.id(&self.keys) != id {
             let what = format!("this is not map node {id}");
             return Err(RepoError::corrupt(file, at, what));

@@ -8,6 +8,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::chunk::{Place, RecordFlags};
+use super::cipher::{PackCipher, TAG_LEN};
 use super::error::RepoError;
 use super::format::pack::{
     FooterEntry, MAX_RECORD, MAX_RECORDS, PackHeader, PackKind, PackTrailer, encode_footer,
@@ -15,6 +16,7 @@ use super::format::pack::{
 use super::format::segment::{Prefix, SegmentEntry, prefix_of};
 use super::format::short_sum;
 use super::ids::{PackId, RepoUuid, SnapshotId};
+use super::keys::Keys;
 use super::snapshot::WrittenPack;
 use super::storage::{NewFile, Storage};
 use sealer::Sealer;
@@ -28,12 +30,32 @@ pub(crate) use footer::{Footer, read_footer};
 pub(crate) struct Packs {
     storage: Arc<dyn Storage>,
     repo: RepoUuid,
+    keys: Arc<Keys>,
     session: SnapshotId,
     target_bytes: u64,
     data: Mutex<Option<Box<OpenPack>>>,
     meta: Mutex<Option<Box<OpenPack>>>,
     recent: Mutex<Recent>,
     sealer: Sealer,
+}
+
+/// The bytes of a record that is to be stored.
+#[derive(Debug)]
+pub(crate) enum Body<'a> {
+    /// They are stored as they are.
+    Clear(&'a [u8]),
+    /// They are encrypted in place once it is known where they will stand.
+    ToSeal(&'a mut Vec<u8>),
+}
+
+impl Body<'_> {
+    /// The number of bytes as they will be stored.
+    fn stored_len(&self) -> usize {
+        match self {
+            Self::Clear(bytes) => bytes.len(),
+            Self::ToSeal(bytes) => bytes.len() + TAG_LEN,
+        }
+    }
 }
 
 /// What [`Packs::append`] did.
@@ -48,6 +70,7 @@ impl Packs {
     pub(crate) fn new(
         storage: Arc<dyn Storage>,
         repo: RepoUuid,
+        keys: Arc<Keys>,
         session: SnapshotId,
         target_bytes: u64,
     ) -> Result<Self, RepoError> {
@@ -55,6 +78,7 @@ impl Packs {
             sealer: Sealer::start()?,
             storage,
             repo,
+            keys,
             session,
             target_bytes: target_bytes.min(MAX_TARGET),
             data: Mutex::default(),
@@ -83,20 +107,23 @@ impl Packs {
         self.sealer.fail(error)
     }
 
-    /// Stores a record, unless this session has it already.
+    /// Stores a record, unless this session has it already; `flags` say how it is compressed.
     pub(crate) fn append(
         &self,
         kind: PackKind,
         id: &[u8; 32],
-        stored: &[u8],
+        body: Body<'_>,
         flags: RecordFlags,
     ) -> Result<Appended, RepoError> {
         self.check()?;
-        let len = u32::try_from(stored.len())
+        let len = u32::try_from(body.stored_len())
             .ok()
             .filter(|len| *len <= MAX_RECORD)
             .ok_or_else(|| {
-                RepoError::misuse(format!("a record of {} bytes is too long", stored.len()))
+                RepoError::misuse(format!(
+                    "a record of {} bytes is too long",
+                    body.stored_len()
+                ))
             })?;
         let mut open = lock(self.slot(kind));
         // Looked up again under the lock that orders all appends: two threads may bring the same chunk.
@@ -106,7 +133,7 @@ impl Packs {
                 is_new: false,
             });
         }
-        let result = self.append_to(&mut open, kind, id, stored, len, flags);
+        let result = self.append_to(&mut open, kind, id, body, (len, flags));
         let (place, full) = result.map_err(|e| self.fail(e))?;
         drop(open);
         if let Some(full) = full {
@@ -166,15 +193,27 @@ impl Packs {
         slot: &mut Option<Box<OpenPack>>,
         kind: PackKind,
         id: &[u8; 32],
-        stored: &[u8],
-        len: u32,
-        flags: RecordFlags,
+        body: Body<'_>,
+        (len, flags): (u32, RecordFlags),
     ) -> Result<(Place, Option<Box<OpenPack>>), RepoError> {
         let open = match slot {
             Some(open) => open,
             None => slot.insert(Box::new(self.open(kind)?)),
         };
         let offset = open.len;
+        let flags = flags.encrypted(self.keys.encryption());
+        let stored: &[u8] = match (&open.cipher, body) {
+            (None, Body::Clear(bytes)) => bytes,
+            (Some(cipher), Body::ToSeal(bytes)) => {
+                cipher.seal(offset, id, bytes)?;
+                bytes
+            }
+            _ => {
+                return Err(RepoError::misuse(
+                    "a record was not made for this repository",
+                ));
+            }
+        };
         open.write(stored)?;
         open.entries.push(FooterEntry {
             id: *id,
@@ -216,6 +255,7 @@ impl Packs {
             (recent.packs.len() - 1) as u32
         };
         let mut open = OpenPack {
+            cipher: self.keys.pack_cipher(self.repo, kind, &header.pack),
             header,
             number,
             file: self.storage.create()?,
@@ -237,6 +277,7 @@ impl Packs {
 /// A pack that is being written.
 struct OpenPack {
     header: PackHeader,
+    cipher: Option<PackCipher>,
     /// The pack's place in the session's table of packs.
     number: u32,
     file: Box<dyn NewFile>,
