@@ -137,4 +137,6 @@ const TARGETS: &[(&str, &str, Target)] = &[
         Target::AtLeast(0.5),
     ),
     ("random", "cold, depth 1, median ms", Target::AtMost(0.6)),
+    ("encrypted", "wall / plain", Target::AtMost(1.1)),
+    ("tls", "full, wall / nbdcopy", Target::AtMost(1.0)),
 ];

@@ -22,6 +22,8 @@ pub(crate) const ROWS: &[&str] = &[
     "restore",
     "serve",
     "random",
+    "encrypted",
+    "tls",
     "growth",
     "qemu-img",
     "restic",
@@ -74,6 +76,12 @@ impl Bench {
         }
         if wants(&["random"]) {
             self.random(&repository, report)?;
+        }
+        if wants(&["encrypted"]) {
+            self.encrypted(floor_first, report)?;
+        }
+        if wants(&["tls"]) {
+            self.tls(floor_first, report)?;
         }
         if wants(&["growth"]) {
             growth(&self.program, &self.scratch, report)?;
@@ -260,6 +268,51 @@ impl Bench {
             let (ours, theirs) = (reads(&snapshot, whole)?, reads(&qemu, whole)?);
             add("whole disk, page cache warm", depth, ours, Some(theirs));
         }
+        Ok(())
+    }
+
+    fn encrypted(&self, plain_first: bool, report: &mut Report) -> Result<(), Fault> {
+        let [plain, sealed] = ["plain", "sealed"].map(|name| self.scratch.join(name));
+        self.init(&plain)?;
+        if sealed.exists() {
+            std::fs::remove_dir_all(&sealed)?;
+        }
+        let common = ["--json", "--repo", path(&sealed)?];
+        let ours = |words: &[&str]| {
+            let program = ["NBDBACKUP_PASSWORD=password", path(&self.program)?];
+            let words = program.iter().chain(&common).chain(words);
+            run(&self.scratch, "env", words.copied()).map(|(cost, _)| cost)
+        };
+        ours(&["init"])?;
+        let server = self.serve_image("gen1.qcow2", Some("bm0"))?;
+        let uri = server.uri();
+        let (cost, (plain, _)) = in_turns(
+            plain_first,
+            || ours(&["full", &uri, "--bitmap", "bm0"]),
+            || self.backup(&plain, "full", &server),
+        )?;
+        let ratio = cost.seconds / plain.seconds;
+        report.add("encrypted", "wall / plain", ratio);
+        let ratio = cost.cpu_seconds / plain.cpu_seconds;
+        report.add("encrypted", "CPU / plain", ratio);
+        report.add("encrypted", "peak MiB", cost.peak_mib);
+        // A command that does next to nothing shows what the password alone costs.
+        report.add("encrypted", "opening s", ours(&["snapshots"])?.seconds);
+        Ok(())
+    }
+
+    fn tls(&self, floor_first: bool, report: &mut Report) -> Result<(), Fault> {
+        let repository = self.scratch.join("over-tls");
+        self.init(&repository)?;
+        let image = self.disks.image("gen1.qcow2");
+        let server = Serving::qemu_nbd_tls(&self.scratch, &image)?;
+        let ours = || self.backup(&repository, "full", &server);
+        let ((cost, _), floor) = in_turns(floor_first, ours, || self.floor(&server))?;
+        report.add("tls", "full, wall / nbdcopy", cost.seconds / floor.seconds);
+        report.add("tls", "full, wall s", cost.seconds);
+        report.add("tls", "nbdcopy's wall s", floor.seconds);
+        report.add("tls", "full, CPU s", cost.cpu_seconds);
+        std::fs::remove_dir_all(repository)?;
         Ok(())
     }
 

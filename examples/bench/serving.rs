@@ -12,7 +12,7 @@ use super::Fault;
 pub(crate) struct Serving {
     child: Child,
     socket: PathBuf,
-    export: &'static str,
+    uri: String,
 }
 
 impl Serving {
@@ -23,18 +23,34 @@ impl Serving {
         bitmap: Option<&str>,
     ) -> Result<Self, Fault> {
         let socket = scratch.join("qemu.sock");
-        let format = match image.extension() {
-            Some(ending) if ending == "qcow2" => "qcow2",
-            _ => "raw",
-        };
-        let mut command = Command::new("qemu-nbd");
+        let uri = format!("nbd+unix:///vda?socket={}", socket.display());
+        let command = qemu_nbd(image, bitmap, &socket);
+        Self::start(command, socket, uri, scratch)
+    }
+
+    /// Serves an image with its `bm0` by `qemu-nbd`, over TLS with certificates that are made here.
+    pub(crate) fn qemu_nbd_tls(scratch: &Path, image: &Path) -> Result<Self, Fault> {
+        let folder = scratch.join("certificates");
+        std::fs::create_dir_all(&folder)?;
+        certify(&folder, "ca", "CA:TRUE", "keyCertSign", &[])?;
+        let by = ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem"];
+        let usage = "digitalSignature,keyEncipherment";
+        certify(&folder, "server", "CA:FALSE", usage, &by)?;
+        let socket = scratch.join("tls.sock");
+        let uri = format!(
+            "nbds+unix:///vda?socket={}&tls-certificates={}&tls-hostname=localhost",
+            socket.display(),
+            folder.display()
+        );
+        let mut command = qemu_nbd(image, Some("bm0"), &socket);
         command
-            .args(["--read-only", "--persistent", "--shared=16", "--format"])
-            .args([format, "--export-name=vda", "--socket"])
-            .arg(&socket)
-            .args(bitmap.map(|name| format!("--bitmap={name}")))
-            .arg(image);
-        Self::start(command, socket, "vda", scratch)
+            .arg("--object")
+            .arg(format!(
+                "tls-creds-x509,id=tls,endpoint=server,verify-peer=no,dir={}",
+                folder.display()
+            ))
+            .arg("--tls-creds=tls");
+        Self::start(command, socket, uri, scratch)
     }
 
     /// Serves a repository's newest snapshot.
@@ -44,28 +60,25 @@ impl Serving {
         repository: &Path,
     ) -> Result<Self, Fault> {
         let socket = scratch.join("snapshot.sock");
+        let uri = format!("nbd+unix:///vda?socket={}", socket.display());
         let mut command = Command::new(program);
         command
             .arg("--repo")
             .arg(repository)
             .args(["restore", "latest", "--serve"])
             .arg(format!("unix:{}", socket.display()));
-        Self::start(command, socket, "vda", scratch)
+        Self::start(command, socket, uri, scratch)
     }
 
     /// The address of its export.
     pub(crate) fn uri(&self) -> String {
-        format!(
-            "nbd+unix:///{}?socket={}",
-            self.export,
-            self.socket.display()
-        )
+        self.uri.clone()
     }
 
     fn start(
         mut command: Command,
         socket: PathBuf,
-        export: &'static str,
+        uri: String,
         scratch: &Path,
     ) -> Result<Self, Fault> {
         let _ = std::fs::remove_file(&socket);
@@ -74,11 +87,7 @@ impl Serving {
             .stdout(Stdio::null())
             .stderr(File::create(scratch.join("server.stderr"))?)
             .spawn()?;
-        let mut serving = Self {
-            child,
-            socket,
-            export,
-        };
+        let mut serving = Self { child, socket, uri };
         let clock = Instant::now();
         while UnixStream::connect(&serving.socket).is_err() {
             if serving.child.try_wait()?.is_some() || clock.elapsed() > Duration::from_secs(20) {
@@ -96,5 +105,49 @@ impl Drop for Serving {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+/// The server that everything is measured with: read-only, for several connections at once.
+fn qemu_nbd(image: &Path, bitmap: Option<&str>, socket: &Path) -> Command {
+    let format = match image.extension() {
+        Some(ending) if ending == "qcow2" => "qcow2",
+        _ => "raw",
+    };
+    let mut command = Command::new("qemu-nbd");
+    command
+        .args(["--read-only", "--persistent", "--shared=16", "--format"])
+        .args([format, "--export-name=vda", "--socket"])
+        .arg(socket)
+        .args(bitmap.map(|name| format!("--bitmap={name}")))
+        .arg(image);
+    command
+}
+
+/// Makes a key and a certificate of `localhost`, signed by itself or as told.
+fn certify(
+    folder: &Path,
+    name: &str,
+    basic: &str,
+    usage: &str,
+    signed: &[&str],
+) -> Result<(), Fault> {
+    let made = Command::new("openssl")
+        .current_dir(folder)
+        .args([
+            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+        ])
+        .args(["-subj", "/CN=localhost"])
+        .args(["-addext", "subjectAltName=DNS:localhost", "-addext"])
+        .arg(format!("basicConstraints=critical,{basic}"))
+        .arg("-addext")
+        .arg(format!("keyUsage=critical,{usage}"))
+        .args(["-keyout", &format!("{name}-key.pem")])
+        .args(["-out", &format!("{name}-cert.pem")])
+        .args(signed)
+        .output()?;
+    match made.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&made.stderr).into()),
     }
 }
