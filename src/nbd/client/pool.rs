@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
 
+use super::super::tls::TlsClient;
 use super::super::uri::NbdUri;
 use super::connection::Connection;
 use super::{ClientError, ClientErrorKind, ClientOptions, Export, Phase};
@@ -24,6 +25,7 @@ pub(super) struct Pool {
 /// How a lost connection is made anew.
 pub(super) struct Redial {
     pub(super) uri: NbdUri,
+    pub(super) tls: Option<TlsClient>,
     pub(super) options: ClientOptions,
     /// What each new connection has to see.
     pub(super) export: Export,
@@ -132,7 +134,14 @@ impl Pool {
     }
 
     async fn dial_once(&self, redial: &Redial, wait: Duration) -> Result<Connection, ClientError> {
-        let opened = Connection::dial(&redial.uri, &self.peer, &redial.options, wait).await?;
+        let opened = Connection::dial(
+            &redial.uri,
+            redial.tls.as_ref(),
+            &self.peer,
+            &redial.options,
+            wait,
+        )
+        .await?;
         let found = Export::of(&redial.uri.export, &opened);
         let ids = opened.contexts.iter().map(|context| context.id);
         match redial.export.is_same_disk(&found) && ids.eq(redial.context_ids.iter().copied()) {

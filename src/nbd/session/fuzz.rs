@@ -4,19 +4,25 @@ use super::client::{
     AskExport, Asked, AwaitGreeting, Event, ExtendedHeaders, Heard, InFlight, Opened, OptionCall,
     Options, Outcome, Replies, SetContexts, StructuredReply,
 };
-use super::server::{Catalog, Handshake, Offer, Rules, Step, Verdict};
+use super::server::{Catalog, Handshake, Offer, Rules, Step, Tls, Verdict};
 use super::{BlockSize, Refused, SessionError, limits};
 use crate::nbd::wire::{Dialect, TransmissionFlags};
 use crate::range::ByteRange;
 
-/// Takes bytes as all that a client sends to a server.
+/// Takes bytes as all that a client sends to a server, to one without TLS and to one that requires it.
 pub fn server(data: &[u8]) {
+    server_life(Tls::Off, data);
+    server_life(Tls::Required, data);
+}
+
+fn server_life(tls: Tls, data: &[u8]) {
     let Ok(catalog) = Catalog::new(vec![offer("d", 1 << 20), offer("other", 1 << 50)]) else {
         return;
     };
     let mut bytes = Bytes(data);
     let mut out = Vec::new();
-    let mut state = Handshake::start(&mut out);
+    let mut state = Handshake::start(tls, &mut out);
+    let mut secure = tls == Tls::Off;
     let agreed = loop {
         let wanted = state.wanted();
         assert!(wanted > 0 && wanted <= limits::MAX_OPTION as usize);
@@ -26,10 +32,16 @@ pub fn server(data: &[u8]) {
         out.clear();
         match state.handle(taken, &catalog, &mut out) {
             Ok(Step::Next(next)) => state = next,
+            Ok(Step::StartTls(next)) => {
+                assert!(tls == Tls::Required && !secure);
+                secure = true;
+                state = next;
+            }
             Ok(Step::Transmit(agreed)) => break agreed,
             Ok(Step::Close) | Err(_) => return,
         }
     };
+    assert!(secure, "an export was told of before TLS");
     let Some(offer) = catalog.offers().get(agreed.export) else {
         panic!("an export that is not offered was agreed on");
     };
