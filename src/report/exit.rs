@@ -191,6 +191,12 @@ fn repository(fault: RepoFault) -> (&'static str, u8, bool, Option<&'static str>
             Some("check --repo; a repository without encryption is used without a password"),
         ),
         RepoFault::KeySlot => ("key-slot", 1, false, Some("see nbdbackup key list")),
+        RepoFault::Brake => (
+            "brake",
+            1,
+            false,
+            Some("look at nbdbackup prune --dry-run; --max-freed 100 lets it go on"),
+        ),
         RepoFault::Busy => ("repository-busy", 11, true, Some("try again")),
         RepoFault::Internal => ("failed", 1, false, None),
     }

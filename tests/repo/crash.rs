@@ -135,7 +135,7 @@ fn no_room_is_said_whichever_write_finds_none() {
 #[test]
 fn failure_to_seal_a_pack_surfaces_on_every_later_call() {
     let (storage, _) = new_repo();
-    let faulty = FaultStorage::new(Arc::new(storage), 14, Fault::Once);
+    let faulty = FaultStorage::new(Arc::new(storage), 22, Fault::Once);
     let repo = Repository::open(Arc::new(faulty)).unwrap();
     let session = repo.begin(&small_session()).unwrap();
     let mut rng = Rng(3);

@@ -5,6 +5,7 @@ mod damage;
 mod encryption;
 mod format_doc;
 mod map_model;
+mod prune;
 mod round_trip;
 mod scale;
 mod support;

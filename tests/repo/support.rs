@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nbdbackup::repo::{
-    BackupKind, Batcher, ChunkRead, ChunkSize, Compression, DiskRecord, DiskStats, FileInfo,
+    BackupKind, Batcher, ChunkRead, ChunkSize, Compression, DiskRecord, DiskStats, FileInfo, Hold,
     InitOptions, MapRoot, MemoryStorage, NewFile, PasswordCost, ReadBuffers, RepoError, Repository,
     Run, Secret, Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage,
     StorageError,
@@ -55,6 +55,14 @@ pub(crate) fn small_session() -> SessionOptions {
     SessionOptions {
         pack_bytes: 200 << 10,
         ..SessionOptions::default()
+    }
+}
+
+/// The same, with snapshots that it may inherit from.
+pub(crate) fn session_after(parents: &[SnapshotId]) -> SessionOptions {
+    SessionOptions {
+        parents: parents.to_vec(),
+        ..small_session()
     }
 }
 
@@ -122,6 +130,32 @@ pub(crate) fn store_disk(session: &Session, disk: &[u8]) -> Result<(MapRoot, u64
         }
     }
     Ok((map.finish()?, new))
+}
+
+/// Backs a disk up, of which some chunks are as in a parent.
+pub(crate) fn backup_after(
+    repo: &Arc<Repository>,
+    parent: &Snapshot,
+    disk: &[u8],
+    same: std::ops::Range<u64>,
+) -> Result<Snapshot, RepoError> {
+    let session = repo.begin(&session_after(&[parent.id]))?;
+    let before = &parent.draft.disks[0];
+    let size = disk.len() as u64;
+    let mut map = session.map_writer(Some((&before.root, before.size_bytes)), size)?;
+    for (number, chunk) in disk.chunks(CHUNK).enumerate() {
+        let number = number as u64;
+        if same.contains(&number) {
+            map.keep(number..number + 1)?;
+            continue;
+        }
+        match session.store_chunk(chunk)?.entry {
+            Some(entry) => map.put(number, entry)?,
+            None => map.zero(number..number + 1)?,
+        }
+    }
+    let root = map.finish()?;
+    session.commit(draft("disk", size, root))
 }
 
 /// Backs a disk up in full.
@@ -275,6 +309,16 @@ impl Storage for FaultStorage {
         self.inner.barrier()
     }
 
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
+        self.call(name, false)?;
+        self.inner.hold(name)
+    }
+
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
+        self.call(name, false)?;
+        self.inner.is_held(name)
+    }
+
     fn sweep(&self) -> Result<u64, StorageError> {
         self.call("tmp", false)?;
         self.inner.sweep()
@@ -299,5 +343,75 @@ impl NewFile for FaultFile {
     fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
         self.storage.call(name, true)?;
         self.inner.publish(name)
+    }
+}
+
+/// Storage without room for anything larger than a list of names.
+#[derive(Debug)]
+pub(crate) struct FullStorage(pub(crate) MemoryStorage);
+
+impl Storage for FullStorage {
+    fn create(&self) -> Result<Box<dyn NewFile>, StorageError> {
+        Ok(Box::new(FullFile(self.0.create()?, 0)))
+    }
+
+    fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, StorageError> {
+        self.0.read(name, limit)
+    }
+
+    fn read_at(&self, name: &str, at: u64, buf: &mut [u8]) -> Result<(), StorageError> {
+        self.0.read_at(name, at, buf)
+    }
+
+    fn len(&self, name: &str) -> Result<u64, StorageError> {
+        self.0.len(name)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<FileInfo>, StorageError> {
+        self.0.list(prefix)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), StorageError> {
+        self.0.remove(name)
+    }
+
+    fn barrier(&self) -> Result<(), StorageError> {
+        self.0.barrier()
+    }
+
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
+        self.0.hold(name)
+    }
+
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
+        self.0.is_held(name)
+    }
+
+    fn sweep(&self) -> Result<u64, StorageError> {
+        self.0.sweep()
+    }
+
+    fn place(&self) -> String {
+        self.0.place()
+    }
+}
+
+struct FullFile(Box<dyn NewFile>, usize);
+
+impl NewFile for FullFile {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), StorageError> {
+        self.1 += bytes.len();
+        match self.1 > 16 << 10 {
+            true => Err(StorageError::from_io(
+                "write",
+                "a file",
+                std::io::ErrorKind::StorageFull.into(),
+            )),
+            false => self.0.write(bytes),
+        }
+    }
+
+    fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        self.0.publish(name)
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{FileInfo, NewFile, Storage, StorageError};
+use super::{FileInfo, Hold, NewFile, Storage, StorageError};
 
 /// Files in memory; clones share them.
 #[derive(Clone, Debug, Default)]
@@ -15,6 +15,7 @@ pub struct MemoryStorage {
 struct State {
     files: BTreeMap<String, Arc<Vec<u8>>>,
     not_durable: BTreeSet<String>,
+    held: BTreeSet<String>,
 }
 
 impl MemoryStorage {
@@ -37,6 +38,8 @@ impl MemoryStorage {
             state: Arc::new(Mutex::new(State {
                 files,
                 not_durable: BTreeSet::new(),
+                // Whoever held a name is dead.
+                held: BTreeSet::new(),
             })),
         }
     }
@@ -129,12 +132,42 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
+        match self.lock().held.insert(name.to_owned()) {
+            true => Ok(Box::new(MemoryHold {
+                name: name.to_owned(),
+                storage: self.clone(),
+            })),
+            false => Err(StorageError::Exists {
+                name: name.to_owned(),
+            }),
+        }
+    }
+
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
+        Ok(Some(self.lock().held.contains(name)))
+    }
+
     fn sweep(&self) -> Result<u64, StorageError> {
         Ok(0)
     }
 
     fn place(&self) -> String {
         "memory".to_owned()
+    }
+}
+
+#[derive(Debug)]
+struct MemoryHold {
+    name: String,
+    storage: MemoryStorage,
+}
+
+impl Hold for MemoryHold {}
+
+impl Drop for MemoryHold {
+    fn drop(&mut self) {
+        self.storage.lock().held.remove(&self.name);
     }
 }
 

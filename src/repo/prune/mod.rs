@@ -1,0 +1,180 @@
+//! Pruning: what no snapshot needs is condemned, and removed once no session can refer to it any more.
+//!
+//! One generation is under way at a time. It is *pending* from the moment its list of condemned packs is published, and
+//! done when what was decided about it is removed. Two names that are created once decide its course, so that any
+//! number of prunes may run at once, die and be late. `docs/format.md` gives the argument.
+
+mod ids;
+mod mark;
+mod plan;
+mod repack;
+mod sweep;
+
+use std::time::Duration;
+
+use super::error::RepoError;
+use super::format::generation::Sweep;
+use super::generations::{self, Generations};
+use super::ids::SnapshotId;
+use super::presence::open_sessions;
+use super::repository::Repository;
+use plan::Plan;
+
+/// How to prune.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PruneOptions {
+    /// The part of all stored bytes that may stay although nobody needs them, in percent.
+    pub max_unused_percent: f64,
+    /// The part of all stored bytes that may be freed, in percent, as a brake.
+    pub max_freed_percent: u8,
+    /// How long a forgotten snapshot can be had back.
+    pub undelete_window: Duration,
+    /// Now, in nanoseconds since 1970; only the window is measured by it.
+    pub now_unix_nanos: i64,
+    /// Whether to say what would be done and do nothing.
+    pub dry_run: bool,
+    /// The length in bytes at which a pack that is written anew is closed.
+    pub pack_bytes: u64,
+}
+
+impl Default for PruneOptions {
+    fn default() -> Self {
+        Self {
+            max_unused_percent: 10.0,
+            max_freed_percent: 100,
+            undelete_window: Duration::from_secs(7 * 24 * 3600),
+            now_unix_nanos: 0,
+            dry_run: false,
+            pack_bytes: 64 << 20,
+        }
+    }
+}
+
+/// What a prune did, or would do.
+#[derive(Clone, Debug, Default)]
+pub struct Pruned {
+    /// The forgotten snapshots that were removed.
+    pub snapshots_removed: u64,
+    /// The packs that were removed.
+    pub packs_removed: u64,
+    /// Their bytes.
+    pub removed_bytes: u64,
+    /// The packs that were written anew without what nobody needs.
+    pub packs_repacked: u64,
+    /// The bytes of the packs that took their place.
+    pub written_bytes: u64,
+    /// The packs that are condemned and wait for sessions to end.
+    pub packs_waiting: u64,
+    /// Their bytes.
+    pub waiting_bytes: u64,
+    /// The sessions that they wait for.
+    pub waiting_for: Vec<SnapshotId>,
+    /// The bytes of all packs before.
+    pub total_bytes: u64,
+    /// The bytes that stay in packs although nobody needs them.
+    pub unused_bytes: u64,
+    /// The packs that hold damaged records and were left alone.
+    pub damaged: Vec<(String, RepoError)>,
+    /// Whether there was no room to write, so that packs were only removed.
+    pub no_room: bool,
+}
+
+impl Repository {
+    /// Removes what no snapshot needs; safe beside any number of running backups, restores and other prunes.
+    ///
+    /// What an open session may have referred to waits until that ends, and is removed by a later prune.
+    pub fn prune(&self, options: &PruneOptions) -> Result<Pruned, RepoError> {
+        let first = self.prune_with(options, false);
+        if options.dry_run || !matches!(first, Err(RepoError::NoRoom { .. })) {
+            return first;
+        }
+        // Removing needs a little room itself: for the lists of what is removed.
+        tracing::warn!("no room left: packs are removed, and none is written");
+        self.spend_reserve()?;
+        let pruned = self.prune_with(options, true)?;
+        Ok(Pruned {
+            no_room: true,
+            ..pruned
+        })
+    }
+
+    fn prune_with(&self, options: &PruneOptions, no_room: bool) -> Result<Pruned, RepoError> {
+        self.storage().sweep()?;
+        let mut pruned = Pruned::default();
+        let mut begun = false;
+        for _ in 0..TURNS {
+            let state = self.generations()?;
+            if let Some(condemned) = &state.pending {
+                let generation = state.last.unwrap_or(0);
+                let blockers = blockers(self, generation, &state)?;
+                if !blockers.is_empty() {
+                    sweep::report_waiting(self, condemned, &mut pruned)?;
+                    pruned.waiting_for = blockers;
+                    return self.end_prune(options, no_room, pruned);
+                }
+                if options.dry_run {
+                    return plan::dry_run(self, options, &state, pruned);
+                }
+                if !sweep::finish(self, generation, &state, &mut pruned)? {
+                    continue;
+                }
+            } else if begun {
+                return self.end_prune(options, no_room, pruned);
+            } else if options.dry_run {
+                return plan::dry_run(self, options, &state, pruned);
+            } else {
+                let mut plan = Plan::make(self, options, &Sweep::default(), no_room)?;
+                plan.brake(options)?;
+                let condemned = plan.carry_out(self, options, &mut pruned)?;
+                if condemned.packs.is_empty() && condemned.dropped.is_empty() {
+                    return self.end_prune(options, no_room, pruned);
+                }
+                let next = state.last.map_or(0, |last| last.saturating_add(1));
+                let storage = &**self.storage();
+                begun = generations::condemn(storage, self.keys().mac(), next, &condemned)?;
+            }
+        }
+        Err(RepoError::PruneBusy)
+    }
+
+    fn generations(&self) -> Result<Generations, RepoError> {
+        generations::load(&**self.storage(), self.keys().mac())
+    }
+
+    fn end_prune(
+        &self,
+        options: &PruneOptions,
+        no_room: bool,
+        pruned: Pruned,
+    ) -> Result<Pruned, RepoError> {
+        if options.dry_run {
+            return Ok(pruned);
+        }
+        sweep::remove_idle_marks(self)?;
+        if !no_room {
+            sweep::tidy_index(self)?;
+        }
+        self.index().remove_superseded()?;
+        if !no_room {
+            self.make_reserve()?;
+        }
+        Ok(pruned)
+    }
+}
+
+/// Returns the sessions that may refer to what a generation condemned; none after its end is decided.
+fn blockers(
+    repo: &Repository,
+    generation: u64,
+    state: &Generations,
+) -> Result<Vec<SnapshotId>, RepoError> {
+    if state.decided.is_some() {
+        return Ok(Vec::new());
+    }
+    let waits = |seen: Option<u64>| seen.is_none_or(|seen| seen <= generation);
+    let open = open_sessions(repo)?.into_iter();
+    Ok(open.filter(|s| waits(s.seen)).map(|s| s.id).collect())
+}
+
+/// How often other prunes may be faster before this one gives up.
+const TURNS: usize = 16;
