@@ -1,6 +1,6 @@
 //! The state of `gc/`: which generation is the last, and which packs nobody may refer to any more.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use super::error::RepoError;
 use super::format::envelope::MAX_SMALL_FILE;
@@ -96,6 +96,26 @@ pub(crate) fn end(
     storage.barrier()?;
     for part in [Part::Condemned, Part::Sweep] {
         match storage.remove(&file_name(generation, part)) {
+            Ok(()) | Err(StorageError::Missing { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Removes what processes left that were late or died: files of generations that are done.
+pub(crate) fn tidy(storage: &dyn Storage) -> Result<(), RepoError> {
+    let files = storage.list("gc/")?;
+    let parsed = || files.iter().filter_map(|f| Some((parse(&f.name)?, &f.name)));
+    let done: HashSet<u64> = parsed()
+        .filter(|((_, part), _)| *part == Part::Done)
+        .map(|((generation, _), _)| generation)
+        .collect();
+    for ((generation, part), name) in parsed() {
+        if part == Part::Done || !done.contains(&generation) {
+            continue;
+        }
+        match storage.remove(name) {
             Ok(()) | Err(StorageError::Missing { .. }) => {}
             Err(other) => return Err(other.into()),
         }

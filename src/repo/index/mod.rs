@@ -6,7 +6,7 @@ mod merge;
 mod segment;
 mod write;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::cache::Cache;
@@ -195,17 +195,24 @@ impl Index {
         Ok(merges)
     }
 
-    /// Rewrites the index into one segment without the entries of packs that `keep` refuses.
-    pub(crate) fn compact(
+    /// Rewrites the index into one segment without the entries of packs that are not there, when these are many.
+    ///
+    /// `list` is called once it is settled which segments are read: a pack is there before a segment names it.
+    pub(crate) fn compact<V>(
         &self,
-        keep: &dyn Fn(&(PackKind, PackId)) -> bool,
+        list: impl FnOnce() -> Result<HashMap<(PackKind, PackId), V>, RepoError>,
     ) -> Result<(), RepoError> {
         self.refresh()?;
         let inputs = self.live().to_vec();
+        let there = list()?;
+        let named: HashSet<_> = inputs.iter().flat_map(|s| s.packs()).collect();
+        let gone = named.iter().filter(|name| !there.contains_key(**name));
         let level = inputs.iter().map(|s| s.name().0).max();
         match level {
-            Some(level) => self.merge_all(&inputs, level.max(1), keep),
-            None => Ok(()),
+            Some(level) if gone.count() * 5 > named.len() => {
+                self.merge_all(&inputs, level.max(1), &|name| there.contains_key(name))
+            }
+            _ => Ok(()),
         }
     }
 

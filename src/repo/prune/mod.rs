@@ -99,39 +99,32 @@ impl Repository {
     }
 
     fn prune_with(&self, options: &PruneOptions, no_room: bool) -> Result<Pruned, RepoError> {
-        self.storage().sweep()?;
-        let mut pruned = Pruned::default();
-        let mut begun = false;
+        if !options.dry_run {
+            self.storage().sweep()?;
+        }
+        let mut run = Run {
+            repo: self,
+            options,
+            no_room,
+            begun: false,
+            pruned: Pruned::default(),
+        };
         for _ in 0..TURNS {
             let state = self.generations()?;
-            if let Some(condemned) = &state.pending {
-                let generation = state.last.unwrap_or(0);
-                let blockers = blockers(self, generation, &state)?;
-                if !blockers.is_empty() {
-                    sweep::report_waiting(self, condemned, &mut pruned)?;
-                    pruned.waiting_for = blockers;
-                    return self.end_prune(options, no_room, pruned);
+            match run.turn(&state) {
+                Ok(Turn::Again) => {}
+                Ok(Turn::Last) if options.dry_run => return Ok(run.pruned),
+                Ok(Turn::Last) => {
+                    self.end_prune(no_room)?;
+                    return Ok(run.pruned);
                 }
-                if options.dry_run {
-                    return plan::dry_run(self, options, &state, pruned);
-                }
-                if !sweep::finish(self, generation, &state, &mut pruned)? {
-                    continue;
-                }
-            } else if begun {
-                return self.end_prune(options, no_room, pruned);
-            } else if options.dry_run {
-                return plan::dry_run(self, options, &state, pruned);
-            } else {
-                let mut plan = Plan::make(self, options, &Sweep::default(), no_room)?;
-                plan.brake(options)?;
-                let condemned = plan.carry_out(self, options, &mut pruned)?;
-                if condemned.packs.is_empty() && condemned.dropped.is_empty() {
-                    return self.end_prune(options, no_room, pruned);
-                }
-                let next = state.last.map_or(0, |last| last.saturating_add(1));
-                let storage = &**self.storage();
-                begun = generations::condemn(storage, self.keys().mac(), next, &condemned)?;
+                // What this one was about to look at, another prune removed.
+                Err(
+                    RepoError::Missing { .. }
+                    | RepoError::Lost { .. }
+                    | RepoError::RecordsMissing { .. },
+                ) if self.generations()? != state => {}
+                Err(error) => return Err(error),
             }
         }
         Err(RepoError::PruneBusy)
@@ -141,24 +134,69 @@ impl Repository {
         generations::load(&**self.storage(), self.keys().mac())
     }
 
-    fn end_prune(
-        &self,
-        options: &PruneOptions,
-        no_room: bool,
-        pruned: Pruned,
-    ) -> Result<Pruned, RepoError> {
-        if options.dry_run {
-            return Ok(pruned);
-        }
+    fn end_prune(&self, no_room: bool) -> Result<(), RepoError> {
+        generations::tidy(&**self.storage())?;
         sweep::remove_idle_marks(self)?;
         if !no_room {
             sweep::tidy_index(self)?;
         }
         self.index().remove_superseded()?;
-        if !no_room {
-            self.make_reserve()?;
+        match no_room {
+            true => Ok(()),
+            false => self.make_reserve(),
         }
-        Ok(pruned)
+    }
+}
+
+/// A prune under way.
+struct Run<'a> {
+    repo: &'a Repository,
+    options: &'a PruneOptions,
+    no_room: bool,
+    /// Whether it has begun a generation of its own.
+    begun: bool,
+    pruned: Pruned,
+}
+
+/// What comes after a turn.
+enum Turn {
+    Again,
+    Last,
+}
+
+impl Run<'_> {
+    /// Ends the generation that is pending, or begins one.
+    fn turn(&mut self, state: &Generations) -> Result<Turn, RepoError> {
+        let (repo, options) = (self.repo, self.options);
+        if let Some(condemned) = &state.pending {
+            let generation = state.last.unwrap_or(0);
+            let blockers = blockers(repo, generation, state)?;
+            if !blockers.is_empty() {
+                sweep::report_waiting(repo, condemned, &mut self.pruned)?;
+                self.pruned.waiting_for = blockers;
+                return Ok(Turn::Last);
+            }
+            if !options.dry_run {
+                sweep::finish(repo, generation, state, &mut self.pruned)?;
+                return Ok(Turn::Again);
+            }
+        } else if self.begun {
+            return Ok(Turn::Last);
+        }
+        if options.dry_run {
+            plan::dry_run(repo, options, state, &mut self.pruned)?;
+            return Ok(Turn::Last);
+        }
+        let mut plan = Plan::make(repo, options, &Sweep::default(), self.no_room)?;
+        plan.brake(options)?;
+        let condemned = plan.carry_out(repo, options, &mut self.pruned)?;
+        if condemned.packs.is_empty() && condemned.dropped.is_empty() {
+            return Ok(Turn::Last);
+        }
+        let next = state.last.map_or(0, |last| last.saturating_add(1));
+        let mac_key = repo.keys().mac();
+        self.begun = generations::condemn(&**repo.storage(), mac_key, next, &condemned)?;
+        Ok(Turn::Again)
     }
 }
 

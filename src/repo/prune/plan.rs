@@ -236,11 +236,11 @@ pub(super) fn dry_run(
     repo: &Repository,
     options: &PruneOptions,
     state: &Generations,
-    mut pruned: Pruned,
-) -> Result<Pruned, RepoError> {
-    let gone = sweep::report_finish(repo, state, &mut pruned)?;
+    pruned: &mut Pruned,
+) -> Result<(), RepoError> {
+    let gone = sweep::report_finish(repo, state, pruned)?;
     let plan = Plan::make(repo, options, &gone, false)?;
-    plan.report(&mut pruned);
+    plan.report(pruned);
     let packs: Vec<PackName> = [&plan.useless[..], &plan.repack].concat();
     let bytes: u64 = packs.iter().filter_map(|n| plan.packs.get(n)).sum();
     let blockers = open_sessions(repo)?;
@@ -258,7 +258,7 @@ pub(super) fn dry_run(
             pruned.waiting_for = blockers.into_iter().map(|s| s.id).collect();
         }
     }
-    Ok(pruned)
+    Ok(())
 }
 
 /// The snapshots as a prune sees them.

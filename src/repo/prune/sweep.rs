@@ -180,14 +180,9 @@ pub(super) fn remove_idle_marks(repo: &Repository) -> Result<(), RepoError> {
 /// Merges segments, and leaves out what packs held that are gone when that is much.
 pub(super) fn tidy_index(repo: &Repository) -> Result<(), RepoError> {
     repo.index().merge(u64::MAX)?;
-    let named = repo.index().packs();
-    let packs = list_packs(repo)?;
-    let gone = named
-        .iter()
-        .filter(|name| !packs.contains_key(*name))
-        .count();
-    if gone * 5 > named.len() {
-        repo.index().compact(&|name| packs.contains_key(name))?;
+    match repo.index().compact(|| list_packs(repo)) {
+        // Another process merged and removed what was to be read.
+        Ok(()) | Err(RepoError::Missing { .. }) => Ok(()),
+        Err(other) => Err(other),
     }
-    Ok(())
 }
