@@ -41,23 +41,24 @@ pub(crate) fn load(storage: &dyn Storage, mac_key: &[u8; 32]) -> Result<Generati
     if parts.contains(&Part::Done) {
         return Ok(state);
     }
-    state.pending = read(storage, last, Part::Condemned, |b| {
+    let pending = read(storage, last, Part::Condemned, |b| {
         Condemned::decode(b, mac_key)
     })?;
-    state.decided = read(storage, last, Part::Sweep, |b| Sweep::decode(b, mac_key))?;
-    if state.pending.is_some() {
+    let decided = read(storage, last, Part::Sweep, |b| Sweep::decode(b, mac_key))?;
+    // What a late process publishes once more it publishes after the end, which is looked for last.
+    if is_done(storage, last)? {
         return Ok(state);
     }
-    // It was ended since it was listed. What is neither pending nor done is a `sweep` that a process left that was
-    // too late and died of it.
-    if !is_done(storage, last)? {
+    if pending.is_none() {
         tracing::warn!(
             generation = last,
             "a generation has an end and no beginning"
         );
+        return Ok(state);
     }
-    state.decided = None;
-    return Ok(state);
+    state.pending = pending;
+    state.decided = decided;
+    Ok(state)
 }
 
 /// Publishes the next generation; false when another process was faster.
