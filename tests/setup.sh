@@ -39,6 +39,8 @@ missing_packages() {
   want time test -x /usr/bin/time
   want gcc has cc
   want libc6-dev test -e /usr/include/stdio.h
+  want libssl-dev test -e /usr/include/openssl/ssl.h
+  want pkg-config has pkg-config
   want python3-venv python3 -c 'import ensurepip, venv'
 }
 

@@ -248,6 +248,20 @@ pub(crate) struct Restore {
     /// Serves the disks as NBD exports at `unix:PATH` or `HOST:PORT` until SIGINT or SIGTERM.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) serve: Option<String>,
+    /// Serves over TLS only, with server-cert.pem and server-key.pem of this folder.
+    #[arg(long, requires = "serve", value_name = "DIR")]
+    pub(crate) tls_certificates: Option<PathBuf>,
+    /// Demands of each client a certificate from an authority in the folder's ca-cert.pem.
+    #[arg(long, requires = "tls_certificates")]
+    pub(crate) tls_verify_peer: bool,
+    /// Serves over TLS only, to clients with a key in this file of IDENTITY:KEY lines, as psktool writes it.
+    #[arg(
+        long,
+        requires = "serve",
+        conflicts_with = "tls_certificates",
+        value_name = "FILE"
+    )]
+    pub(crate) tls_psk_file: Option<PathBuf>,
     /// Allows serving without TLS beyond loopback and Unix sockets.
     #[arg(long, requires = "serve")]
     pub(crate) insecure: bool,

@@ -129,17 +129,16 @@ impl Disk {
             })
     }
 
-    /// Reads one chunk.
+    /// Reads one chunk into `bytes`, in place of what was there.
     pub(super) fn read_chunk(
         &self,
         number: u64,
         entry: &ChunkEntry,
-    ) -> Result<Vec<u8>, EngineError> {
-        let mut bytes = Vec::new();
+        bytes: &mut Vec<u8>,
+    ) -> Result<(), EngineError> {
         self.repository
-            .read_chunk(entry, self.chunk_len(number), &mut bytes)
-            .map_err(|e| self.unrestorable(number..number + 1, e))?;
-        Ok(bytes)
+            .read_chunk(entry, self.chunk_len(number), bytes)
+            .map_err(|e| self.unrestorable(number..number + 1, e))
     }
 
     fn chunk_len(&self, number: u64) -> u32 {

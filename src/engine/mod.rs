@@ -35,6 +35,6 @@ pub use outcome::{
 };
 pub use plan::{Action, Geometry, Step, WindowPlan};
 pub use restore::{RestoreRequest, restore};
-pub use serve::{ServeRequest, serve};
+pub use serve::{ServeRequest, ServeTls, serve};
 pub use source::SourceSpec;
 pub use target::Target;

@@ -2,8 +2,10 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{TrySendError, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -104,52 +106,28 @@ fn write_pieces(
     observer: &dyn Observer,
     stopped: &AtomicBool,
 ) -> Result<(u64, u64), EngineError> {
-    let go_on = || {
-        if stopped.load(Relaxed) {
-            Err(EngineError::Stopped)
-        } else {
-            Ok(())
-        }
-    };
-    let mut writing = Writing {
+    let writing = Writing {
         sink,
         target,
         observer,
         workers: Workers::start(),
-        progress: Progress {
-            disk: disk.name().to_owned(),
-            total_bytes: disk.geometry().size_bytes,
-            ..Progress::default()
-        },
-        zeros: 0,
+        stopped,
+        counted: Mutex::new(Counted {
+            progress: Progress {
+                disk: disk.name().to_owned(),
+                total_bytes: disk.geometry().size_bytes,
+                ..Progress::default()
+            },
+            zeros: 0,
+        }),
     };
-    let chunks = disk.geometry().chunks();
-    if sink.in_order() {
-        let window = (WINDOW / disk.geometry().chunk_bytes).max(1);
-        for first in (0..chunks).step_by(window as usize) {
-            let pieces = disk
-                .pieces(first..(first + window).min(chunks))
-                .collect::<Result<Vec<_>, _>>()?;
-            go_on()?;
-            writing.in_order(disk, &pieces)?;
-        }
-    } else {
-        let mut pieces = disk.pieces(0..chunks);
-        loop {
-            let group = pieces.by_ref().take(GROUP).collect::<Result<Vec<_>, _>>()?;
-            if group.is_empty() {
-                break;
-            }
-            go_on()?;
-            writing.at_once(disk, &group)?;
-        }
+    match sink.in_order() {
+        true => writing.in_order(disk)?,
+        false => writing.at_once(disk)?,
     }
-    sink.finish().map_err(|cause| EngineError::Target {
-        path: target.to_owned(),
-        doing: "making it durable".to_owned(),
-        cause: cause.into(),
-    })?;
-    Ok((writing.progress.moved_bytes, writing.zeros))
+    sink.finish().map_err(|cause| writing.not_durable(cause))?;
+    let counted = writing.counted.into_inner().expect("no holder panics");
+    Ok((counted.progress.moved_bytes, counted.zeros))
 }
 
 /// Tells the blocking part of a restore to stop when nobody waits for it any more.
@@ -170,85 +148,135 @@ struct Writing<'a> {
     target: &'a str,
     observer: &'a dyn Observer,
     workers: Workers,
+    stopped: &'a AtomicBool,
+    counted: Mutex<Counted>,
+}
+
+struct Counted {
     progress: Progress,
     zeros: u64,
 }
 
 impl Writing<'_> {
-    /// Writes pieces in any order, each by the thread that has read it.
-    fn at_once(&mut self, disk: &Disk, pieces: &[Piece]) -> Result<(), EngineError> {
-        let write = |buffers: &mut ReadBuffers, piece: &Piece| {
-            let (mut data, mut zeros) = (0, 0);
-            match piece {
-                Piece::Zeros(range) => {
-                    zeros = range.len();
-                    self.sink.zero(*range).map_err(|e| self.failed(*range, e))?;
+    /// Writes all pieces in any order, each by the thread that has read it.
+    ///
+    /// Another thread makes durable what is written meanwhile, so that little is left to wait for in the end.
+    fn at_once(&self, disk: &Disk) -> Result<(), EngineError> {
+        let pieces = disk.pieces(0..disk.geometry().chunks());
+        thread::scope(|scope| {
+            let (settle, asked) = sync_channel(1);
+            let settler = scope.spawn(move || asked.iter().try_for_each(|()| self.sink.settle()));
+            let unsettled = AtomicU64::new(0);
+            let write = |buffers: &mut ReadBuffers, piece: Result<Piece, EngineError>| {
+                self.go_on()?;
+                let data = self.write_piece(disk, buffers, &piece?)?;
+                if unsettled.fetch_add(data, Relaxed) + data >= SETTLE_BYTES {
+                    unsettled.store(0, Relaxed);
+                    // When one is asked for already, it has this to do too. When the settler has ended, it says why.
+                    if let Err(TrySendError::Disconnected(())) = settle.try_send(()) {
+                        return Err(EngineError::WorkerLost);
+                    }
                 }
-                Piece::Data(batch) => disk.read(batch, buffers, |range, bytes| {
-                    data += range.len();
-                    self.sink
-                        .write(bytes, range.start())
-                        .map_err(|e| self.failed(range, e))
-                })?,
+                Ok(())
+            };
+            let written = self.workers.install(|| {
+                pieces
+                    .par_bridge()
+                    .try_for_each_init(ReadBuffers::default, write)
+            });
+            drop(settle);
+            // The system reports that bytes were lost on their way only once: to the settler, if it came first.
+            let settled = settler.join().map_err(|_| EngineError::WorkerLost)?;
+            settled.map_err(|cause| self.not_durable(cause))?;
+            written
+        })
+    }
+
+    /// Writes a piece and returns its bytes of data.
+    fn write_piece(
+        &self,
+        disk: &Disk,
+        buffers: &mut ReadBuffers,
+        piece: &Piece,
+    ) -> Result<u64, EngineError> {
+        let (mut data, mut zeros) = (0, 0);
+        match piece {
+            Piece::Zeros(range) => {
+                zeros = range.len();
+                self.sink.zero(*range).map_err(|e| self.failed(*range, e))?;
             }
-            Ok((data, zeros))
-        };
-        let written: Result<Vec<(u64, u64)>, EngineError> = self.workers.install(|| {
-            pieces
-                .par_iter()
-                .map_init(ReadBuffers::default, write)
-                .collect()
-        });
-        for (data, zeros) in written? {
-            self.count(data, zeros);
+            Piece::Data(batch) => disk.read(batch, buffers, |range, bytes| {
+                data += range.len();
+                self.sink
+                    .write(bytes, range.start())
+                    .map_err(|e| self.failed(range, e))
+            })?,
         }
-        Ok(())
+        self.count(data, zeros);
+        Ok(data)
     }
 
     /// Reads the pieces of a window at once, then writes them in the disk's order.
-    fn in_order(&mut self, disk: &Disk, pieces: &[Piece]) -> Result<(), EngineError> {
-        let read = |buffers: &mut ReadBuffers, piece: &Piece| {
-            let mut parts = Vec::new();
-            match piece {
-                Piece::Zeros(range) => parts.push((*range, None)),
-                Piece::Data(batch) => disk.read(batch, buffers, |range, bytes| {
+    fn in_order(&self, disk: &Disk) -> Result<(), EngineError> {
+        let chunks = disk.geometry().chunks();
+        let window = (WINDOW / disk.geometry().chunk_bytes).max(1);
+        let read = |buffers: &mut ReadBuffers, piece: Result<Piece, EngineError>| {
+            let mut parts: Vec<Part> = Vec::new();
+            match piece? {
+                Piece::Zeros(range) => parts.push((range, None)),
+                Piece::Data(batch) => disk.read(&batch, buffers, |range, bytes| {
                     parts.push((range, Some(bytes.to_vec())));
                     Ok(())
                 })?,
             }
             Ok(parts)
         };
-        let parts: Result<Vec<Vec<Part>>, EngineError> = self.workers.install(|| {
-            pieces
-                .par_iter()
-                .map_init(ReadBuffers::default, read)
-                .collect()
-        });
-        let mut parts: Vec<_> = parts?.into_iter().flatten().collect();
-        parts.sort_by_key(|(range, _)| range.start());
-        for (range, bytes) in parts {
-            match bytes {
-                None => {
-                    self.sink.zero(range).map_err(|e| self.failed(range, e))?;
-                    self.count(0, range.len());
-                }
-                Some(bytes) => {
-                    self.sink
-                        .write(&bytes, range.start())
-                        .map_err(|e| self.failed(range, e))?;
-                    self.count(range.len(), 0);
-                }
+        for first in (0..chunks).step_by(window as usize) {
+            self.go_on()?;
+            let pieces = disk.pieces(first..(first + window).min(chunks));
+            let parts: Result<Vec<Vec<Part>>, EngineError> = self.workers.install(|| {
+                pieces
+                    .par_bridge()
+                    .map_init(ReadBuffers::default, read)
+                    .collect()
+            });
+            let mut parts: Vec<Part> = parts?.into_iter().flatten().collect();
+            parts.sort_by_key(|(range, _)| range.start());
+            for (range, bytes) in parts {
+                let (data, zeros, written) = match bytes {
+                    None => (0, range.len(), self.sink.zero(range)),
+                    Some(bytes) => (range.len(), 0, self.sink.write(&bytes, range.start())),
+                };
+                written.map_err(|e| self.failed(range, e))?;
+                self.count(data, zeros);
             }
         }
         Ok(())
     }
 
-    fn count(&mut self, data: u64, zeros: u64) {
-        self.zeros += zeros;
-        self.progress.moved_bytes += data;
-        self.progress.done_bytes += data + zeros;
+    fn go_on(&self) -> Result<(), EngineError> {
+        match self.stopped.load(Relaxed) {
+            true => Err(EngineError::Stopped),
+            false => Ok(()),
+        }
+    }
+
+    fn count(&self, data: u64, zeros: u64) {
+        let mut counted = self.counted.lock().expect("no holder panics");
+        counted.zeros += zeros;
+        counted.progress.moved_bytes += data;
+        counted.progress.done_bytes += data + zeros;
+        // Told under the lock, so that progress is never told backwards.
         self.observer
-            .observe(Event::Progress(self.progress.clone()));
+            .observe(Event::Progress(counted.progress.clone()));
+    }
+
+    fn not_durable(&self, cause: io::Error) -> EngineError {
+        EngineError::Target {
+            path: self.target.to_owned(),
+            doing: "making it durable".to_owned(),
+            cause: cause.into(),
+        }
     }
 
     fn failed(&self, range: ByteRange, cause: io::Error) -> EngineError {
@@ -327,7 +355,7 @@ impl Drop for Unfinished<'_> {
     }
 }
 
-/// Pieces under way at once where each is written as soon as it is read.
-const GROUP: usize = 64;
+/// After this many bytes they are made durable, while more are written.
+const SETTLE_BYTES: u64 = 64 << 20;
 /// The bytes under way at once where they wait for each other in memory.
 const WINDOW: u64 = 16 << 20;

@@ -1,7 +1,7 @@
 //! Serving a snapshot's disks over NBD: to anybody at an address, or to one child process.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -16,8 +16,9 @@ use super::event::{Event, Observer, ServedExport};
 use super::export::SnapshotExport;
 use super::outcome::ServeOutcome;
 use crate::nbd::server::{ExportSource, Server, ServerOptions};
+use crate::nbd::tls::{TlsError, TlsServer};
 use crate::nbd::transport::Listener;
-use crate::nbd::uri::{DEFAULT_PORT, Endpoint, NbdUri};
+use crate::nbd::uri::{DEFAULT_PORT, Endpoint, NbdUri, TlsParameters};
 
 /// What is to be served, and where.
 #[derive(Clone, Debug)]
@@ -28,14 +29,43 @@ pub struct ServeRequest {
     pub disk: Option<String>,
     /// `unix:PATH`, `HOST:PORT`, or an NBD URI without an export's name.
     pub address: String,
+    /// What the server and its clients are authenticated with; without it, the disks are served in the clear.
+    pub tls: Option<ServeTls>,
     /// Whether to serve beyond this machine without TLS.
     pub insecure: bool,
+}
+
+/// How a server and its clients know each other.
+#[derive(Clone, Debug)]
+pub enum ServeTls {
+    /// By the certificates in a folder.
+    Certificates {
+        /// The folder that holds `server-cert.pem`, `server-key.pem` and, to know clients, `ca-cert.pem`.
+        folder: PathBuf,
+        /// Whether clients need a certificate too.
+        verify_peer: bool,
+    },
+    /// By the keys in a file.
+    PreSharedKeys(PathBuf),
+}
+
+impl ServeTls {
+    fn load(&self) -> Result<TlsServer, TlsError> {
+        match self {
+            Self::Certificates {
+                folder,
+                verify_peer,
+            } => TlsServer::certificates(folder, *verify_peer),
+            Self::PreSharedKeys(file) => TlsServer::pre_shared_keys(file),
+        }
+    }
 }
 
 /// Serves a snapshot's disks, each as an export of its name, until `ended`.
 ///
 /// # Errors
-/// When the snapshot or the disk is unknown, or the address is wrong, taken, or open to other machines without TLS.
+/// When the snapshot or the disk is unknown, or the address is wrong, taken, or open to other machines without TLS, or
+/// when TLS cannot be set up.
 pub async fn serve(
     catalog: &Catalog,
     request: ServeRequest,
@@ -43,7 +73,16 @@ pub async fn serve(
     ended: impl Future<Output = ()> + Send,
 ) -> Result<ServeOutcome, EngineError> {
     let clock = Instant::now();
-    let endpoint = endpoint(&request.address)?;
+    let endpoint = endpoint(&request.address, request.tls.is_some())?;
+    let failed = |cause: io::Error| EngineError::Serve {
+        address: request.address.clone(),
+        cause,
+    };
+    let tls = request.tls.as_ref().map(ServeTls::load).transpose();
+    let options = ServerOptions {
+        tls: tls.map_err(|e| failed(io::Error::other(e)))?,
+        ..ServerOptions::default()
+    };
     let snapshot = catalog.find(&request.snapshot).await?;
     let records: Vec<_> = match &request.disk {
         Some(name) => vec![disk_of(&snapshot, Some(name))?],
@@ -56,20 +95,18 @@ pub async fn serve(
             Arc::new(SnapshotExport::new(catalog, &snapshot, record)?),
         ));
     }
-    let failed = |cause: io::Error| EngineError::Serve {
-        address: request.address.clone(),
-        cause,
-    };
-    let server =
-        Server::new(exports, ServerOptions::default()).map_err(|e| failed(io::Error::other(e)))?;
-    let listener = bind(&endpoint, request.insecure).await.map_err(failed)?;
+    let secure = options.tls.is_some();
+    let server = Server::new(exports, options).map_err(|e| failed(io::Error::other(e)))?;
+    let listener = bind(&endpoint, secure || request.insecure)
+        .await
+        .map_err(failed)?;
     let bound = listener.endpoint().map_err(failed)?;
     let served = records.iter().map(|record| ServedExport {
         name: record.disk.clone(),
         uri: NbdUri {
             endpoint: bound.clone(),
             export: record.disk.clone(),
-            tls: None,
+            tls: secure.then(TlsParameters::default),
         }
         .to_string(),
         size_bytes: record.size_bytes,
@@ -134,7 +171,7 @@ impl Private {
 }
 
 /// Reads `unix:PATH`, `HOST:PORT` or an NBD URI.
-fn endpoint(address: &str) -> Result<Endpoint, EngineError> {
+fn endpoint(address: &str, secure: bool) -> Result<Endpoint, EngineError> {
     let usage = |problem: &str| EngineError::Usage(format!("address {address}: {problem}"));
     let unix = |path: &Path| match std::path::absolute(path) {
         Ok(path) => Ok(Endpoint::Unix(path)),
@@ -146,7 +183,15 @@ fn endpoint(address: &str) -> Result<Endpoint, EngineError> {
     if address.contains("://") {
         let uri: NbdUri = address.parse().map_err(|e| usage(&format!("{e}")))?;
         return match uri {
-            NbdUri { tls: Some(_), .. } => Err(usage("this version serves without TLS only")),
+            NbdUri { tls: Some(_), .. } if !secure => Err(usage(
+                "name the server's certificates or keys with --tls-certificates or --tls-psk-file",
+            )),
+            NbdUri { tls: None, .. } if secure => Err(usage(
+                "with TLS, the URI begins with nbds:// or nbds+unix://",
+            )),
+            NbdUri { tls: Some(tls), .. } if tls != TlsParameters::default() => Err(usage(
+                "a server's TLS settings stand in --tls-certificates or --tls-psk-file",
+            )),
             NbdUri { export, .. } if !export.is_empty() => {
                 Err(usage("each export has its disk's name; give none here"))
             }
@@ -176,12 +221,12 @@ fn endpoint(address: &str) -> Result<Endpoint, EngineError> {
 }
 
 /// Listens, where other machines cannot reach or may.
-async fn bind(endpoint: &Endpoint, insecure: bool) -> io::Result<Listener> {
+async fn bind(endpoint: &Endpoint, anywhere: bool) -> io::Result<Listener> {
     if let Endpoint::Tcp { host, port } = endpoint {
         let mut addresses = tokio::net::lookup_host((host.as_str(), *port)).await?;
-        if !insecure && !addresses.all(|a| a.ip().is_loopback()) {
+        if !anywhere && !addresses.all(|a| a.ip().is_loopback()) {
             return Err(io::Error::other(
-                "other machines could read the disks without TLS; use localhost, a Unix socket, or --insecure",
+                "other machines could read the disks without TLS; use --tls-certificates, localhost, a Unix socket, or --insecure",
             ));
         }
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
@@ -99,6 +100,26 @@ impl AsyncWrite for Stream {
         }
     }
 
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Other(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Unix(stream) => stream.is_write_vectored(),
+            Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Other(stream) => stream.is_write_vectored(),
+        }
+    }
+
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
@@ -167,6 +188,8 @@ impl Listener {
         match &self.socket {
             ListenerSocket::Unix { listener, .. } => {
                 let (stream, _) = listener.accept().await?;
+                // Advice: where the system allows less, it gives what it allows.
+                let _ = set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER);
                 let peer = match stream.peer_cred() {
                     Ok(cred) => format!("uid {} over a Unix socket", cred.uid()),
                     Err(_) => "Unix socket".to_owned(),
@@ -211,6 +234,9 @@ impl Drop for Listener {
         }
     }
 }
+
+/// Room for some long replies, so that a sender does not stop in the midst of each; as much as QEMU's servers ask for.
+const UNIX_SEND_BUFFER: usize = 2 << 20;
 
 async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {

@@ -79,7 +79,7 @@ fn wrong_missing_and_needless_passwords_are_12() {
         &["snapshots"],
         &["full", &image],
         &["show", "latest"],
-        &["restore", "latest", "--to", "-"],
+        &["restore", "latest", "--to", "/nowhere/disk.raw"],
         &["key", "list"],
     ];
     for command in commands {

@@ -13,4 +13,5 @@ mod source;
 mod sparse;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;
 mod whole;

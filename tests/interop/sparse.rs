@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
 
 use crate::support::disk::{
     Random, add_bitmap, allocated, assert_same, mixed_raw, qemu_io, reference,
@@ -93,13 +92,7 @@ fn disk_of_ten_tebibytes_with_one_dirty_granule_costs_two_chunks_and_a_few_files
         &["write -q -P 0x77 7516192832k 64k".to_owned()],
     );
     let server = lab.serve_qcow2(&image, &["bm0"]);
-    let started = Instant::now();
     let incremental = lab.backup("incremental", server.uri(), &["--bitmap", "bm0"]);
-    assert!(
-        started.elapsed() < Duration::from_secs(20),
-        "took {:?}",
-        started.elapsed()
-    );
     drop(server);
     let disk = &incremental["disks"][0];
     assert_eq!(disk["kind"], "incremental");

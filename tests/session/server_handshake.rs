@@ -87,6 +87,7 @@ async fn refusal(near: &mut DuplexStream, code: u32, payload: &[u8]) -> u32 {
 }
 
 const UNSUP: u32 = 0x8000_0001;
+const POLICY: u32 = 0x8000_0002;
 const INVALID: u32 = 0x8000_0003;
 const UNKNOWN: u32 = 0x8000_0006;
 const TOO_BIG: u32 = 0x8000_0009;
@@ -124,13 +125,23 @@ async fn list_tells_names_and_descriptions_again_and_again() {
 #[tokio::test]
 async fn unknown_options_are_refused_and_their_payload_is_passed_over() {
     let (mut near, served) = greeted().await;
-    for code in [0, 4, 5, 11, 12, 99, u32::MAX] {
+    for code in [0, 4, 11, 12, 99, u32::MAX] {
         assert_eq!(refusal(&mut near, code, b"").await, UNSUP, "{code}");
         assert_eq!(refusal(&mut near, code, &[b'I'; 60_000]).await, UNSUP);
         assert_eq!(refusal(&mut near, code, &[b'I'; 200_000]).await, UNSUP);
     }
     assert_eq!(ask(&mut near, 2, b"").await, [(1, Vec::new())]);
     in_time(served).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn tls_that_is_not_set_up_is_refused_as_policy() {
+    let (mut near, _served) = greeted().await;
+    for length in [0, 1, 60_000, 200_000] {
+        let payload = vec![b'I'; length];
+        assert_eq!(refusal(&mut near, 5, &payload).await, POLICY, "{length}");
+    }
+    assert_eq!(ask(&mut near, 7, b"\0\0\0\x01d\0\0").await.len(), 4);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+pub(crate) mod certificates;
 pub(crate) mod disk;
 pub(crate) mod lab;
 pub(crate) mod process;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::cli::args::{Global, Restore};
 use crate::cli::config;
-use crate::engine::{self, EngineError, RestoreRequest, ServeRequest, Target};
+use crate::engine::{self, EngineError, RestoreRequest, ServeRequest, ServeTls, Target};
 use crate::report::{Outcome, Reporter};
 
 pub(super) async fn to_target(
@@ -40,6 +40,7 @@ pub(super) async fn serve(
         snapshot: args.snapshot.clone(),
         disk: args.disk.clone(),
         address: args.serve.clone().unwrap_or_default(),
+        tls: tls(args),
         insecure: args.insecure,
     };
     let catalog = config::open(global).await?;
@@ -49,4 +50,15 @@ pub(super) async fn serve(
     engine::serve(&catalog, request, reporter, ended)
         .await
         .map(Outcome::Serve)
+}
+
+/// What the flags say of TLS; they exclude each other.
+fn tls(args: &Restore) -> Option<ServeTls> {
+    let certificates = args.tls_certificates.clone();
+    certificates
+        .map(|folder| ServeTls::Certificates {
+            folder,
+            verify_peer: args.tls_verify_peer,
+        })
+        .or_else(|| args.tls_psk_file.clone().map(ServeTls::PreSharedKeys))
 }

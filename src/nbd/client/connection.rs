@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout};
 
 use super::super::session::Extent;
 use super::super::session::client::{Asked, ExportDetails, InFlight, Replies};
+use super::super::tls::TlsClient;
 use super::super::transport::Stream;
 use super::super::uri::NbdUri;
 use super::super::wire::{CommandFlags, Dialect, Request};
@@ -61,6 +62,7 @@ impl Connection {
     /// Connects to a server and goes through the handshake.
     pub(super) async fn dial(
         uri: &NbdUri,
+        tls: Option<&TlsClient>,
         peer: &Arc<str>,
         options: &ClientOptions,
         wait: Duration,
@@ -80,21 +82,27 @@ impl Connection {
             }
         };
         let left = wait.saturating_sub(start.elapsed());
-        Self::open(stream, &uri.export, peer, options, left).await
+        Self::open(stream, tls, &uri.export, peer, options, left).await
     }
 
     /// Goes through the handshake and starts the connection's tasks.
     pub(super) async fn open(
         stream: Stream,
+        tls: Option<&TlsClient>,
         export: &str,
         peer: &Arc<str>,
         options: &ClientOptions,
         wait: Duration,
     ) -> Result<Opened, ClientError> {
-        let (read, write) = stream.split();
-        let mut wire = Wire { read, write };
-        let agreed = match timeout(wait, wire.agree(export, &options.contexts)).await {
-            Ok(agreed) => agreed.map_err(|kind| kind.at(peer, Phase::Handshake))?,
+        let handshake = async {
+            let (mut wire, opened) = Wire::open(stream, tls).await?;
+            let agreed = wire.agree(opened, export, &options.contexts).await?;
+            Ok((wire, agreed))
+        };
+        let (wire, agreed) = match timeout(wait, handshake).await {
+            Ok(agreed) => {
+                agreed.map_err(|kind: ClientErrorKind| kind.at(peer, Phase::Handshake))?
+            }
             Err(_) => {
                 return Err(ClientErrorKind::TimedOut {
                     during: "waiting for the handshake",
@@ -103,6 +111,7 @@ impl Connection {
                 .at(peer, Phase::Handshake));
             }
         };
+        let (read, write) = wire.split();
         let shared = Arc::new(Shared {
             peer: Arc::clone(peer),
             dialect: agreed.dialect,
@@ -118,14 +127,9 @@ impl Connection {
             leaving: Notify::new(),
             load: AtomicUsize::new(0),
         });
-        let writer = tokio::spawn(writer::run(wire.write, Arc::clone(&shared)));
+        let writer = tokio::spawn(writer::run(write, Arc::clone(&shared)));
         let replies = Replies::new(agreed.dialect, &agreed.contexts, agreed.details.block_size);
-        let reader = Reader::new(
-            wire.read,
-            Arc::clone(&shared),
-            replies,
-            options.reply_timeout,
-        );
+        let reader = Reader::new(read, Arc::clone(&shared), replies, options.reply_timeout);
         let reader = tokio::spawn(reader.run(writer.abort_handle()));
         Ok(Opened {
             connection: Self {

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::super::session::client::RequestFailed;
 use super::super::session::{PeerIncompatible, PeerMisbehaved, Refused, SessionError};
+use super::super::tls::TlsError;
 use super::super::wire::{DecodeError, EncodeError};
 use crate::range::ByteRange;
 
@@ -91,9 +92,9 @@ pub enum ClientErrorKind {
     /// A request that makes no sense.
     #[error("{0}")]
     Misuse(&'static str),
-    /// A URI that asks for TLS.
-    #[error("TLS is not supported")]
-    NoTls,
+    /// TLS cannot be set up, or failed.
+    #[error(transparent)]
+    Tls(TlsError),
 }
 
 impl ClientErrorKind {
@@ -125,6 +126,12 @@ impl fmt::Display for ClientError {
 impl Error for ClientError {
     fn source(&self) -> Option<&(dyn Error + 'static)> {
         self.kind.source()
+    }
+}
+
+impl From<TlsError> for ClientErrorKind {
+    fn from(fault: TlsError) -> Self {
+        Self::Tls(fault)
     }
 }
 

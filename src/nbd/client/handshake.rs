@@ -1,12 +1,16 @@
 //! Which options a client sends and in which order, until it may send requests.
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use std::io;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::super::session::client::{
     Abort, AskExport, AwaitExportName, AwaitGreeting, ExportDetails, Heard, NotFixed, Opened,
-    OptionCall, Options, SetContexts, StructuredReply,
+    OptionCall, Options, SetContexts, StartTls, StructuredReply,
 };
 use super::super::session::{PeerIncompatible, Refused};
+use super::super::tls::{TlsClient, TlsError};
+use super::super::transport::{ReadHalf, Stream, WriteHalf};
 use super::super::wire::{Dialect, MetaContext, OptionCode, OptionReplyCode};
 use super::ClientErrorKind;
 
@@ -17,20 +21,55 @@ pub(super) struct Agreed {
     pub(super) contexts: Vec<MetaContext>,
 }
 
-/// Both directions of a connection in the handshake; exactly the bytes of one message are read at a time.
-pub(super) struct Wire<R, W> {
-    pub(super) read: R,
-    pub(super) write: W,
+/// A connection in the handshake; exactly the bytes of one message are read at a time.
+pub(super) struct Wire {
+    stream: Stream,
+    /// Whether TLS has started and the server has not said anything since.
+    unheard: bool,
 }
 
-impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
+impl Wire {
+    /// Greets a server, and starts TLS if that is wanted: then there is no way on without it.
+    pub(super) async fn open(
+        stream: Stream,
+        tls: Option<&TlsClient>,
+    ) -> Result<(Self, Opened), ClientErrorKind> {
+        let mut wire = Self {
+            stream,
+            unheard: false,
+        };
+        let opened = wire.greet().await?;
+        let Some(tls) = tls else {
+            return Ok((wire, opened));
+        };
+        let options = fixed(opened, OptionCode::STARTTLS)?;
+        let (options, answer) = wire.call(options, StartTls).await?;
+        if let Err(refused) = answer {
+            wire.abort(options).await;
+            return Err(ClientErrorKind::Refused(refused));
+        }
+        // Nothing lies in a buffer: whatever came behind the acknowledgement goes into the TLS handshake.
+        let stream = tls.connect(wire.stream).await?;
+        let wire = Self {
+            stream,
+            unheard: true,
+        };
+        Ok((wire, Opened::Fixed(options)))
+    }
+
+    /// Splits the connection for the transmission phase.
+    pub(super) fn split(self) -> (ReadHalf, WriteHalf) {
+        self.stream.split()
+    }
+
     /// Goes through the handshake to the transmission phase of an export.
     pub(super) async fn agree(
         &mut self,
+        opened: Opened,
         export: &str,
         contexts: &[String],
     ) -> Result<Agreed, ClientErrorKind> {
-        let mut options = match self.greet().await? {
+        let mut options = match opened {
             Opened::Fixed(options) => options,
             Opened::NotFixed(state) => return self.agree_unfixed(state, export).await,
         };
@@ -70,16 +109,6 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
         })
     }
 
-    /// Goes through the handshake to the state in which options may be sent.
-    pub(super) async fn options(&mut self, wanted: OptionCode) -> Result<Options, ClientErrorKind> {
-        match self.greet().await? {
-            Opened::Fixed(options) => Ok(options),
-            Opened::NotFixed(_) => Err(ClientErrorKind::Incompatible(PeerIncompatible::NotFixed {
-                wanted,
-            })),
-        }
-    }
-
     /// Sends one option and waits for its answers.
     pub(super) async fn call<C: OptionCall>(
         &mut self,
@@ -102,7 +131,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
     pub(super) async fn abort(&mut self, options: Options) {
         let mut out = Vec::new();
         if options.send(Abort, &mut out).is_ok() && self.send(&out).await.is_ok() {
-            let _ = self.write.shutdown().await;
+            let _ = self.stream.shutdown().await;
         }
     }
 
@@ -139,16 +168,36 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Wire<R, W> {
     }
 
     async fn send(&mut self, bytes: &[u8]) -> Result<(), ClientErrorKind> {
-        let io = |fault| ClientErrorKind::io("sending in the handshake", fault);
-        self.write.write_all(bytes).await.map_err(io)?;
-        self.write.flush().await.map_err(io)
+        let sent = match self.stream.write_all(bytes).await {
+            Ok(()) => self.stream.flush().await,
+            failed => failed,
+        };
+        sent.map_err(|fault| self.io("sending in the handshake", fault))
     }
 
     /// Reads exactly what a state wants, which `limits` bound.
     async fn receive(&mut self, wanted: usize) -> Result<Vec<u8>, ClientErrorKind> {
         let mut bytes = vec![0; wanted];
-        let io = |fault| ClientErrorKind::io("receiving in the handshake", fault);
-        self.read.read_exact(&mut bytes).await.map_err(io)?;
+        let received = self.stream.read_exact(&mut bytes).await;
+        received.map_err(|fault| self.io("receiving in the handshake", fault))?;
+        self.unheard = false;
         Ok(bytes)
+    }
+
+    fn io(&self, during: &'static str, fault: io::Error) -> ClientErrorKind {
+        match self.unheard {
+            true => ClientErrorKind::Tls(TlsError::of_client(fault)),
+            false => ClientErrorKind::io(during, fault),
+        }
+    }
+}
+
+/// Goes on with a server that takes any option.
+pub(super) fn fixed(opened: Opened, wanted: OptionCode) -> Result<Options, ClientErrorKind> {
+    match opened {
+        Opened::Fixed(options) => Ok(options),
+        Opened::NotFixed(_) => Err(ClientErrorKind::Incompatible(PeerIncompatible::NotFixed {
+            wanted,
+        })),
     }
 }

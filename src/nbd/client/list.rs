@@ -9,11 +9,12 @@ use super::super::session::Refused;
 use super::super::session::client::{
     AskExport, ExportDetails, List, ListContexts, Options, StructuredReply,
 };
-use super::super::transport::{ReadHalf, Stream, WriteHalf};
+use super::super::tls::TlsClient;
+use super::super::transport::Stream;
 use super::super::uri::NbdUri;
 use super::super::wire::{self, OptionCode};
-use super::handshake::Wire;
-use super::{ClientError, ClientErrorKind, ClientOptions, Phase};
+use super::handshake::{Wire, fixed};
+use super::{ClientError, ClientErrorKind, ClientOptions, Phase, load_tls};
 
 /// One export of a server's list.
 #[derive(Clone, Debug)]
@@ -33,18 +34,17 @@ pub struct ListedExport {
 /// It takes more than one connection if there are more than a few exports, since some servers answer few options on one.
 pub async fn list(uri: &NbdUri, options: &ClientOptions) -> Result<Vec<ListedExport>, ClientError> {
     let peer: Arc<str> = uri.to_string().into();
-    if uri.tls.is_some() {
-        return Err(ClientErrorKind::NoTls.at(&peer, Phase::Connect));
-    }
+    let tls = load_tls(uri, &peer).await?;
+    let tls = tls.as_ref();
     let wait = options.connect_timeout;
-    let (mut wire, mut state) = open(uri, &peer, wait).await?;
+    let (mut wire, mut state) = open(uri, tls, &peer, wait).await?;
     let names;
     (state, names) = in_time(wait, &peer, names_of(&mut wire, state)).await?;
     let mut exports = Vec::new();
     for listed in names {
         if state.left() < OPTIONS_PER_EXPORT {
             wire.abort(state).await;
-            (wire, state) = open(uri, &peer, wait).await?;
+            (wire, state) = open(uri, tls, &peer, wait).await?;
         }
         let export;
         (state, export) = in_time(wait, &peer, describe(&mut wire, state, listed)).await?;
@@ -54,13 +54,12 @@ pub async fn list(uri: &NbdUri, options: &ClientOptions) -> Result<Vec<ListedExp
     Ok(exports)
 }
 
-type Both = Wire<ReadHalf, WriteHalf>;
-
 async fn open(
     uri: &NbdUri,
+    tls: Option<&TlsClient>,
     peer: &Arc<str>,
     wait: Duration,
-) -> Result<(Both, Options), ClientError> {
+) -> Result<(Wire, Options), ClientError> {
     let stream = match timeout(wait, Stream::connect(&uri.endpoint)).await {
         Ok(stream) => stream.map_err(|fault| ClientErrorKind::io("connecting", fault)),
         Err(_) => Err(ClientErrorKind::TimedOut {
@@ -68,10 +67,10 @@ async fn open(
             after: wait,
         }),
     };
-    let (read, write) = stream.map_err(|e| e.at(peer, Phase::Connect))?.split();
+    let stream = stream.map_err(|e| e.at(peer, Phase::Connect))?;
     let greet = async {
-        let mut wire = Wire { read, write };
-        let state = wire.options(OptionCode::LIST).await?;
+        let (mut wire, opened) = Wire::open(stream, tls).await?;
+        let state = fixed(opened, OptionCode::LIST)?;
         // Some servers tell of contexts only after this; whether they grant it does not matter here.
         let (state, _) = wire.call(state, StructuredReply).await?;
         Ok((wire, state))
@@ -80,7 +79,7 @@ async fn open(
 }
 
 async fn names_of(
-    wire: &mut Both,
+    wire: &mut Wire,
     state: Options,
 ) -> Result<(Options, Vec<wire::ListedExport>), ClientErrorKind> {
     let (state, names) = wire.call(state, List::default()).await?;
@@ -88,7 +87,7 @@ async fn names_of(
 }
 
 async fn describe(
-    wire: &mut Both,
+    wire: &mut Wire,
     state: Options,
     listed: wire::ListedExport,
 ) -> Result<(Options, ListedExport), ClientErrorKind> {

@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::session::{BlockSize, limits};
+use super::tls::TlsClient;
 use super::transport::Stream;
 use super::uri::NbdUri;
 use super::wire::{Dialect, TransmissionFlags};
@@ -110,17 +111,16 @@ impl Client {
     /// Connects to a server and enters the transmission phase.
     pub async fn connect(uri: &NbdUri, options: &ClientOptions) -> Result<Self, ClientError> {
         let peer: Arc<str> = uri.to_string().into();
-        if uri.tls.is_some() {
-            return Err(ClientErrorKind::NoTls.at(&peer, Phase::Connect));
-        }
-        let first = Connection::dial(uri, &peer, options, options.connect_timeout).await?;
+        let tls = load_tls(uri, &peer).await?;
+        let tls = tls.as_ref();
+        let first = Connection::dial(uri, tls, &peer, options, options.connect_timeout).await?;
         let coherent = first.details.flags.has(TransmissionFlags::CAN_MULTI_CONN);
         let mut opened = vec![first];
         if coherent && options.connections > 1 {
             // A server may have no room for more: that costs speed, and no more time than this.
             let wait = options.connect_timeout.min(MORE_CONNECTIONS_TIMEOUT);
             let more =
-                (1..options.connections).map(|_| Connection::dial(uri, &peer, options, wait));
+                (1..options.connections).map(|_| Connection::dial(uri, tls, &peer, options, wait));
             for more in futures::future::join_all(more).await {
                 match more {
                     Ok(more) => opened.push(more),
@@ -140,7 +140,7 @@ impl Client {
         let peer: Arc<str> = format!("export {export:?}").into();
         let stream = Stream::other(stream);
         let wait = options.connect_timeout;
-        let first = Connection::open(stream, export, &peer, options, wait).await?;
+        let first = Connection::open(stream, None, export, &peer, options, wait).await?;
         Self::assemble(export, peer, vec![first], options)
     }
 
@@ -310,6 +310,22 @@ impl Client {
 struct Permits {
     _bytes: Option<OwnedSemaphorePermit>,
     _request: Option<OwnedSemaphorePermit>,
+}
+
+/// Reads what a URI's TLS needs, once for all connections; nothing for a URI without.
+async fn load_tls(uri: &NbdUri, peer: &Arc<str>) -> Result<Option<TlsClient>, ClientError> {
+    let Some(parameters) = uri.tls.clone() else {
+        return Ok(None);
+    };
+    let endpoint = uri.endpoint.clone();
+    let load = move || TlsClient::load(&parameters, &endpoint);
+    let kind = match tokio::task::spawn_blocking(load).await {
+        Ok(Ok(tls)) => return Ok(Some(tls)),
+        Ok(Err(fault)) => ClientErrorKind::Tls(fault),
+        // It panicked, or the runtime ends.
+        Err(_) => ClientErrorKind::Misuse("reading the TLS settings did not end"),
+    };
+    Err(kind.at(peer, Phase::Connect))
 }
 
 const MORE_CONNECTIONS_TIMEOUT: Duration = Duration::from_secs(3);

@@ -7,7 +7,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
 use super::super::session::limits;
-use super::super::session::server::{Agreed, Handshake, Judged, Rules, Step, Verdict};
+use super::super::session::server::{Agreed, Handshake, Judged, Rules, Step, Tls, Verdict};
 use super::super::transport::{ReadHalf, Stream, WriteHalf};
 use super::reply::{self, Answered, Reply};
 use super::requests::{Pool, Requests};
@@ -20,49 +20,66 @@ pub(super) async fn serve(
     mut stopping: watch::Receiver<bool>,
 ) -> Result<(), ServeError> {
     let wait = shared.options.handshake_timeout;
-    let (mut read, mut write) = stream.split();
     let agreed = tokio::select! {
-        agreed = timeout(wait, handshake(shared, &mut read, &mut write)) => match agreed {
+        agreed = timeout(wait, handshake(shared, stream)) => match agreed {
             Ok(agreed) => agreed?,
             Err(_) => return Err(ServeError::HandshakeTimedOut(wait)),
         },
         _ = stopping.wait_for(|stop| *stop) => return Ok(()),
     };
     match agreed {
-        Some(agreed) => transmit(shared, &agreed, read, write, stopping).await,
+        Some((agreed, stream)) => {
+            let (read, write) = stream.split();
+            transmit(shared, &agreed, read, write, stopping).await
+        }
         None => Ok(()),
     }
 }
 
 /// Answers options; `None` if the client left.
+///
+/// No more is read than a state wants, so that bytes sent behind `STARTTLS` go into the TLS handshake, which fails.
 async fn handshake(
     shared: &Shared,
-    read: &mut ReadHalf,
-    write: &mut WriteHalf,
-) -> Result<Option<Agreed>, ServeError> {
+    mut stream: Stream,
+) -> Result<Option<(Agreed, Stream)>, ServeError> {
     let receiving = ServeError::io("receiving in the handshake");
     let sending = ServeError::io("sending in the handshake");
     let mut out = Vec::new();
-    let mut state = Handshake::start(&mut out);
+    let tls = match shared.options.tls {
+        Some(_) => Tls::Required,
+        None => Tls::Off,
+    };
+    let mut state = Handshake::start(tls, &mut out);
     let mut bytes = Vec::new();
     loop {
-        write.write_all(&out).await.map_err(&sending)?;
-        write.flush().await.map_err(&sending)?;
+        stream.write_all(&out).await.map_err(&sending)?;
+        stream.flush().await.map_err(&sending)?;
         out.clear();
         bytes.resize(state.wanted(), 0);
-        read.read_exact(&mut bytes).await.map_err(&receiving)?;
+        stream.read_exact(&mut bytes).await.map_err(&receiving)?;
         let step = state.handle(&bytes, &shared.catalog, &mut out);
         match step? {
             Step::Next(next) => state = next,
             Step::Transmit(agreed) => {
-                write.write_all(&out).await.map_err(&sending)?;
-                write.flush().await.map_err(&sending)?;
-                return Ok(Some(agreed));
+                stream.write_all(&out).await.map_err(&sending)?;
+                stream.flush().await.map_err(&sending)?;
+                return Ok(Some((agreed, stream)));
+            }
+            Step::StartTls(next) => {
+                stream.write_all(&out).await.map_err(&sending)?;
+                stream.flush().await.map_err(&sending)?;
+                out.clear();
+                let Some(tls) = &shared.options.tls else {
+                    return Ok(None);
+                };
+                stream = tls.accept(stream).await?;
+                state = next;
             }
             Step::Close => {
                 // The client may be gone before it reads the answer.
-                if write.write_all(&out).await.is_ok() {
-                    let _ = write.shutdown().await;
+                if stream.write_all(&out).await.is_ok() {
+                    let _ = stream.shutdown().await;
                 }
                 return Ok(None);
             }

@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use super::super::session::SessionError;
+use super::super::tls::TlsError;
 
 /// A fault that ends one client's connection.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +15,9 @@ pub enum ServeError {
     /// The client was too slow in the handshake.
     #[error("client did not finish the handshake within {} seconds", .0.as_secs_f64())]
     HandshakeTimedOut(Duration),
+    /// The client did not get through the TLS handshake.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The system could not send or receive.
     #[error("{during} failed")]
     Io {

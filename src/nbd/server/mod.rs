@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::session::server::{Catalog, Offer, OfferError};
+use super::tls::TlsServer;
 use super::transport::{Listener, Stream};
 
 pub use error::ServeError;
@@ -28,7 +29,9 @@ pub use source::{ExportSource, NbdError, SourceRead};
 pub struct ServerOptions {
     /// The most clients at a time; further ones wait unanswered.
     pub max_connections: usize,
-    /// How long a client may take for the handshake.
+    /// What clients have to be authenticated with before anything is told to them; `None` serves in the clear.
+    pub tls: Option<TlsServer>,
+    /// How long a client may take for the handshake, that of TLS included.
     pub handshake_timeout: Duration,
     /// The most requests of one client that are worked on at a time; further ones wait in its socket.
     pub requests_per_connection: usize,
@@ -42,6 +45,7 @@ impl Default for ServerOptions {
     fn default() -> Self {
         Self {
             max_connections: 100,
+            tls: None,
             handshake_timeout: Duration::from_secs(10),
             requests_per_connection: 16,
             bytes_per_connection: 64 << 20,

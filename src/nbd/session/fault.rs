@@ -171,6 +171,9 @@ pub enum PeerIncompatible {
     /// More options than some servers take.
     #[error("more than {most} options on one connection")]
     OptionsSpent { most: u32 },
+    /// A client that wants an export in the clear where only TLS will do, and cannot be told.
+    #[error("client asked by EXPORT_NAME for an export without TLS")]
+    WithoutTls,
     /// A client that wants an export that is not there, and cannot be told.
     #[error("client asked by EXPORT_NAME for the unknown export {name:?}")]
     NoSuchExport { name: String },

@@ -11,6 +11,7 @@ mod list;
 mod meta;
 mod options;
 mod replies;
+mod start_tls;
 
 pub use greeting::{AwaitExportName, AwaitGreeting, NotFixed, Opened};
 pub use in_flight::{Asked, Finished, InFlight, Outcome, RequestFailed};
@@ -19,3 +20,4 @@ pub use list::{Abort, List, StructuredReply};
 pub use meta::{ListContexts, SetContexts};
 pub use options::{Heard, OptionCall, Options, Sent};
 pub use replies::{Event, Replies};
+pub use start_tls::StartTls;

@@ -67,6 +67,11 @@ impl Options {
     pub(super) fn agree(&mut self, dialect: Dialect) {
         self.dialect = dialect;
     }
+
+    /// Drops what was agreed on so far.
+    pub(super) fn forget(&mut self) {
+        self.dialect = Dialect::Simple;
+    }
 }
 
 /// An option of the client: what it sends and how it takes the answers.

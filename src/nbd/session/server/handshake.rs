@@ -1,8 +1,9 @@
 //! The states of a server before the transmission phase.
 
 use super::super::{PeerIncompatible, PeerMisbehaved, SessionError, limits};
-use super::Catalog;
 use super::answers::{After, Answers};
+use super::tls::Gate;
+use super::{Catalog, Tls};
 use crate::nbd::wire::{
     ClientFlags, Dialect, ExportNameAnswer, Greeting, OptionCode, OptionHeader, OptionReplyCode,
     ServerFlags,
@@ -39,15 +40,17 @@ pub enum Step {
     Next(Handshake),
     /// The transmission phase follows.
     Transmit(Agreed),
+    /// TLS starts, and the handshake goes on within it; what came before must not be taken for a part of it.
+    StartTls(Handshake),
     /// The connection ends, as the client wishes.
     Close,
 }
 
 impl Handshake {
     /// Appends the greeting.
-    pub fn start(out: &mut Vec<u8>) -> Self {
+    pub fn start(tls: Tls, out: &mut Vec<u8>) -> Self {
         Greeting::encode_newstyle(ServerFlags::FIXED_NEWSTYLE | ServerFlags::NO_ZEROES, out);
-        Self::Flags(AwaitFlags)
+        Self::Flags(AwaitFlags { tls })
     }
 
     /// The number of bytes that [`Handshake::handle`] wants; never zero, and never more than [`limits::MAX_OPTION`].
@@ -78,7 +81,9 @@ impl Handshake {
 
 /// Waits for the client's flags.
 #[derive(Debug)]
-pub struct AwaitFlags;
+pub struct AwaitFlags {
+    tls: Tls,
+}
 
 impl AwaitFlags {
     fn handle(self, bytes: &[u8]) -> Result<Step, SessionError> {
@@ -90,6 +95,7 @@ impl AwaitFlags {
         Ok(Step::Next(Handshake::Option(AwaitOption {
             fixed: flags.has(ClientFlags::FIXED_NEWSTYLE),
             no_zeroes: flags.has(ClientFlags::NO_ZEROES),
+            tls: self.tls,
             options: 0,
             answers: Answers::default(),
         })))
@@ -101,6 +107,7 @@ impl AwaitFlags {
 pub struct AwaitOption {
     fixed: bool,
     no_zeroes: bool,
+    tls: Tls,
     options: u32,
     answers: Answers,
 }
@@ -140,7 +147,7 @@ impl AwaitOption {
         if length > limits::MAX_OPTION {
             return Ok(Step::Next(Handshake::Drain(Drain {
                 left: usize::try_from(length).unwrap_or(usize::MAX),
-                option,
+                header,
                 next: self,
             })));
         }
@@ -167,12 +174,25 @@ impl AwaitPayload {
         out: &mut Vec<u8>,
     ) -> Result<Step, SessionError> {
         let mut next = self.next;
-        if self.header.option == OptionCode::EXPORT_NAME {
+        let OptionHeader { option, length } = self.header;
+        match next.tls.gate(option, length) {
+            Gate::Pass => {}
+            Gate::Start => {
+                Answers::acknowledge(option, out)?;
+                next.tls = Tls::On;
+                next.answers = Answers::default();
+                return Ok(Step::StartTls(Handshake::Option(next)));
+            }
+            Gate::HangUp => return Err(PeerIncompatible::WithoutTls.into()),
+            Gate::Refuse(code, text) => {
+                Answers::refuse(option, code, text, out)?;
+                return Ok(Step::Next(Handshake::Option(next)));
+            }
+        }
+        if option == OptionCode::EXPORT_NAME {
             return export_name(&next, payload, catalog, out);
         }
-        let after = next
-            .answers
-            .answer(self.header.option, payload, catalog, out)?;
+        let after = next.answers.answer(option, payload, catalog, out)?;
         Ok(match after {
             After::Next => Step::Next(Handshake::Option(next)),
             After::Transmit(agreed) => Step::Transmit(agreed),
@@ -185,7 +205,7 @@ impl AwaitPayload {
 #[derive(Debug)]
 pub struct Drain {
     left: usize,
-    option: OptionCode,
+    header: OptionHeader,
     next: AwaitOption,
 }
 
@@ -195,15 +215,19 @@ impl Drain {
         if self.left > 0 {
             return Ok(Step::Next(Handshake::Drain(self)));
         }
-        if self.option == OptionCode::ABORT {
+        let OptionHeader { option, length } = self.header;
+        if option == OptionCode::ABORT {
             Answers::acknowledge(OptionCode::ABORT, out)?;
             return Ok(Step::Close);
         }
-        let code = match Answers::SUPPORTED.contains(&self.option) {
-            true => OptionReplyCode::ERR_TOO_BIG,
-            false => OptionReplyCode::ERR_UNSUP,
+        let (code, text) = match self.next.tls.gate(option, length) {
+            Gate::Refuse(code, text) => (code, text),
+            Gate::Pass | Gate::Start | Gate::HangUp => match Answers::SUPPORTED.contains(&option) {
+                true => (OptionReplyCode::ERR_TOO_BIG, "option is too long"),
+                false => (OptionReplyCode::ERR_UNSUP, "option is too long"),
+            },
         };
-        Answers::refuse(self.option, code, "option is too long", out)?;
+        Answers::refuse(option, code, text, out)?;
         Ok(Step::Next(Handshake::Option(self.next)))
     }
 }

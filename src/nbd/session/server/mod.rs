@@ -7,7 +7,9 @@ mod answers;
 mod catalog;
 mod handshake;
 mod rules;
+mod tls;
 
 pub use catalog::{Catalog, Offer, OfferError};
 pub use handshake::{Agreed, Handshake, Step};
 pub use rules::{Judged, Rules, Verdict};
+pub use tls::Tls;
