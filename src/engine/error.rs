@@ -90,6 +90,14 @@ pub enum EngineError {
         #[source]
         cause: Box<RepoError>,
     },
+    /// A disk would be left without any snapshot.
+    #[error("{name}'s disk {disk} would lose its last snapshot; nothing was forgotten")]
+    LastSnapshot {
+        /// The machine's name.
+        name: String,
+        /// The disk's name.
+        disk: String,
+    },
     /// The restore's target exists and may not be overwritten.
     #[error("target {0} exists; --force overwrites it")]
     TargetExists(String),

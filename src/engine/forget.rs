@@ -11,7 +11,7 @@ use super::error::EngineError;
 use super::retention::{Kept, Rules, keep};
 use super::selector::select;
 use super::workers::blocking;
-use crate::repo::{PruneOptions, Pruned, Snapshot, SnapshotId};
+use crate::repo::{PruneOptions, Pruned, RepoError, Snapshot, SnapshotId};
 
 /// Which snapshots to forget.
 #[derive(Clone, Debug, Default)]
@@ -115,9 +115,10 @@ impl Catalog {
         let gone: Vec<Snapshot> = list.forgotten.into_iter().map(|f| f.snapshot).collect();
         let ids: Vec<SnapshotId> = named(&gone, words)?.iter().map(|s| s.id).collect();
         let repository = Arc::clone(self.repository());
-        let had_back = blocking(move || ids.iter().map(|id| repository.unforget(id)).collect())
-            .await?
-            .map_err(self.failed())?;
+        let all = move || -> Result<Vec<Snapshot>, RepoError> {
+            ids.iter().map(|id| repository.unforget(id)).collect()
+        };
+        let had_back = blocking(all).await?.map_err(self.failed())?;
         Ok(ForgetOutcome {
             repository: self.path().to_owned(),
             forgotten: Vec::new(),
@@ -167,7 +168,9 @@ fn by_rules(snapshots: &[Snapshot], rules: &Rules) -> Result<Decided, EngineErro
     let mut decided: Decided = (Vec::new(), Vec::new());
     for snapshot in snapshots {
         match why.remove(&snapshot.id) {
-            Some(rules) => decided.1.push((snapshot.clone(), rules.into_iter().collect())),
+            Some(rules) => decided
+                .1
+                .push((snapshot.clone(), rules.into_iter().collect())),
             None => decided.0.push(snapshot.clone()),
         }
     }

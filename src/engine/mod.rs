@@ -7,12 +7,14 @@ mod disk;
 mod error;
 mod event;
 mod export;
+mod forget;
 mod info;
 mod keys;
 mod outcome;
 mod plan;
 mod read_disk;
 mod restore;
+mod retention;
 mod selector;
 mod serve;
 mod source;
@@ -21,13 +23,14 @@ mod walk;
 mod workers;
 
 pub use crate::range::ByteRange;
-pub use crate::repo::{BackupKind, DiskRecord, PasswordCost, SlotInfo, Snapshot};
+pub use crate::repo::{BackupKind, DiskRecord, PasswordCost, Pruned, SlotInfo, Snapshot};
 pub use backup::{BackupDisk, BackupRequest, Follow, backup};
 pub use catalog::{Catalog, InitRequest, SnapshotFilter, SnapshotsOutcome};
 pub use chain::Reason;
 pub use error::{Cause, EngineError, RepoFault, chain};
 pub use event::{Event, Observer, Progress, ServedExport, Warning};
 pub use export::SnapshotExport;
+pub use forget::{ForgetOutcome, ForgetRequest, PruneOutcome, PruneRequest};
 pub use info::{BitmapInfo, BlockSizeInfo, ContextMap, ExportInfo, InfoOutcome, InfoRequest, info};
 pub use keys::{KeyAction, KeyOutcome, NewKey};
 pub use outcome::{
@@ -35,6 +38,7 @@ pub use outcome::{
 };
 pub use plan::{Action, Geometry, Step, WindowPlan};
 pub use restore::{RestoreRequest, restore};
+pub use retention::{Kept, Rules};
 pub use serve::{ServeRequest, ServeTls, serve};
 pub use source::SourceSpec;
 pub use target::Target;

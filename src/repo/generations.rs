@@ -107,7 +107,11 @@ pub(crate) fn end(
 /// Removes what processes left that were late or died: files of generations that are done.
 pub(crate) fn tidy(storage: &dyn Storage) -> Result<(), RepoError> {
     let files = storage.list("gc/")?;
-    let parsed = || files.iter().filter_map(|f| Some((parse(&f.name)?, &f.name)));
+    let parsed = || {
+        files
+            .iter()
+            .filter_map(|f| Some((parse(&f.name)?, &f.name)))
+    };
     let done: HashSet<u64> = parsed()
         .filter(|((_, part), _)| *part == Part::Done)
         .map(|((generation, _), _)| generation)

@@ -109,6 +109,12 @@ impl From<&EngineError> for Failure {
             EngineError::DiskUnknown { .. } => {
                 ("disk-not-found", 1, false, Some("name one with --disk"))
             }
+            EngineError::LastSnapshot { .. } => (
+                "last-snapshot",
+                1,
+                false,
+                Some("--force forgets it all the same"),
+            ),
             EngineError::TargetExists(_) => ("target-exists", 1, false, None),
             EngineError::Target { cause, .. } if is_full(cause.as_ref()) => (
                 "no-room",

@@ -30,9 +30,7 @@ pub(super) async fn run(global: &Global, args: Forget) -> Result<Outcome, Engine
         snapshots: args.snapshots,
         force: args.force,
         dry_run: args.dry_run,
-        prune: args
-            .prune
-            .then(|| prune_request(&args.how, args.dry_run)),
+        prune: args.prune.then(|| prune_request(&args.how, args.dry_run)),
     };
     catalog.forget(request).await.map(Outcome::Forget)
 }

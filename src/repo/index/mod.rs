@@ -163,9 +163,7 @@ impl Index {
     ) -> Result<(), RepoError> {
         entries.sort_unstable();
         let name = write::write_sorted(&*self.storage, 0, &entries, packs)?;
-        let segment = Segment::open(&*self.storage, name, self.filter_room())?;
-        self.replace(&[], Arc::new(segment));
-        Ok(())
+        self.use_new(name, &[])
     }
 
     /// Merges segments where eight or more stand at one level, as long as no merge has more than `most` entries.
@@ -263,9 +261,20 @@ impl Index {
     ) -> Result<(), RepoError> {
         let name = merge::merge(&*self.storage, inputs, level, &self.listed()?, keep)?;
         self.storage.barrier()?;
-        let merged = Segment::open(&*self.storage, name, self.filter_room())?;
-        self.replace(inputs, Arc::new(merged));
-        Ok(())
+        self.use_new(name, inputs)
+    }
+
+    /// Uses a segment that was written, in the place of those that it was made of.
+    fn use_new(&self, name: (u8, SegmentId), gone: &[Arc<Segment>]) -> Result<(), RepoError> {
+        match Segment::open(&*self.storage, name, self.filter_room()) {
+            Ok(segment) => {
+                self.replace(gone, Arc::new(segment));
+                Ok(())
+            }
+            // A prune has merged and removed it already.
+            Err(RepoError::Missing { .. }) => self.refresh(),
+            Err(other) => Err(other),
+        }
     }
 
     fn listed(&self) -> Result<HashSet<(u8, SegmentId)>, RepoError> {

@@ -118,6 +118,10 @@ impl Repository {
                     self.end_prune(no_room)?;
                     return Ok(run.pruned);
                 }
+                // A segment that another prune merged and removed.
+                Err(RepoError::Missing { file }) if file.starts_with("idx/") => {
+                    self.index().refresh()?;
+                }
                 // What this one was about to look at, another prune removed.
                 Err(
                     RepoError::Missing { .. }
