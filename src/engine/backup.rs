@@ -34,6 +34,8 @@ pub struct BackupRequest {
     pub starts: Vec<String>,
     /// The most connections to one export.
     pub connections: u8,
+    /// How long to try to connect anew to an export whose connections were lost; zero takes each failure as final.
+    pub retry_time: Duration,
     /// The compression, where it is not the repository's own.
     pub compression: Option<Compression>,
 }
@@ -141,6 +143,13 @@ impl Run<'_> {
         let (mut records, mut reports) = (Vec::new(), Vec::new());
         for disk in opened.iter() {
             let (record, report) = self.one(disk, &session, &workers).await?;
+            let reconnects = disk.source.client.reconnects();
+            if reconnects > 0 {
+                let message = format!(
+                    "the connection was lost and made anew {reconnects} times; what was being read was read again"
+                );
+                self.warn("source-reconnected", Some(&disk.name), message);
+            }
             records.push(record);
             reports.push(report);
         }
@@ -175,7 +184,12 @@ impl Run<'_> {
         }
         let source = disk
             .source
-            .open(contexts, image_bitmap, self.request.connections)
+            .open(
+                contexts,
+                image_bitmap,
+                self.request.connections,
+                self.request.retry_time,
+            )
             .await?;
         let export = source.client.export();
         let granted = |context: &str| export.context(context).is_some();

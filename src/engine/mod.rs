@@ -10,6 +10,7 @@ mod export;
 mod forget;
 mod info;
 mod keys;
+mod nbd_target;
 mod outcome;
 mod plan;
 mod read_disk;

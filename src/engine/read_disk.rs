@@ -4,14 +4,14 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{TryStreamExt, stream};
 use tokio::sync::mpsc;
 
 use super::EngineError;
 use super::catalog::Catalog;
 use super::event::{Event, Observer, Progress};
 use super::plan::{Action, Geometry};
-use super::walk::{Contexts, WINDOW, Walked, walk};
+use super::walk::{Contexts, Walk, Walked};
 use super::workers::{Workers, blocking};
 use crate::nbd::client::Client;
 use crate::range::ByteRange;
@@ -88,9 +88,15 @@ pub(super) async fn read_disk(
     let reader = &reader;
     let mut tally = Tally::default();
     let dirty_bytes = AtomicU64::new(0);
-    let jobs = stream::iter(ByteRange::first(geometry.size_bytes).split(WINDOW))
-        .map(|window| walk(client, &disk, contexts, geometry, window, inheritable))
-        .buffered(WALKS)
+    let walk = Walk {
+        client,
+        disk: &disk,
+        contexts,
+        geometry,
+        inheritable,
+    };
+    let jobs = walk
+        .windows()
         .map_ok(|walked: Walked| {
             dirty_bytes.fetch_add(walked.dirty_bytes, Relaxed);
             stream::iter(cut(walked.steps, geometry).map(Ok::<Job, EngineError>))
@@ -178,7 +184,7 @@ impl Reader<'_> {
             .map_err(|cause| EngineError::SourceFailed {
                 disk: self.disk.to_owned(),
                 doing: "reading",
-                range,
+                range: cause.range().unwrap_or(range),
                 cause: Box::new(cause),
             })?;
         if reply.all_hole {
@@ -275,7 +281,5 @@ impl Buffers {
 const READ_BYTES: u64 = 512 << 10;
 /// Jobs under way, from their read until their chunks are stored.
 const DEPTH: usize = 32;
-/// Windows whose extents are asked for ahead of the reads.
-const WALKS: usize = 8;
 /// Pieces that wait for the map.
 const QUEUE: usize = 64;
