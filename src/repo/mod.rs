@@ -39,6 +39,7 @@ pub use format::pack::PackKind;
 pub use ids::{ChunkId, NodeId, NotAnId, PackId, RepoUuid, SegmentId, SnapshotId};
 pub use key_slots::SlotInfo;
 pub use map::{MapReader, MapWriter, Run, Runs, changed};
+pub use presence::Pin;
 pub use prune::{PruneOptions, Pruned};
 pub use read::{Batcher, ChunkRead, ReadBatch, ReadBuffers};
 pub use rebuild::Rebuilt;

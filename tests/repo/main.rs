@@ -7,6 +7,7 @@ mod format_doc;
 mod interleave;
 mod map_model;
 mod prune;
+mod races;
 mod round_trip;
 mod scale;
 mod scheduler;
