@@ -44,6 +44,8 @@ impl Repository {
                 Err(RepoError::NoRoom { .. }) => {
                     self.spend_reserve()?;
                     self.mark(snapshot, now_unix_nanos)?;
+                    // A prune, which makes room, needs the rest.
+                    self.make_reserve()?;
                 }
                 other => other?,
             }

@@ -12,3 +12,4 @@ mod round_trip;
 mod scale;
 mod scheduler;
 mod support;
+mod sweeps;
