@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -95,6 +96,10 @@ pub(crate) enum Command {
     Info(Info),
     /// Lists the ranges that differ between two snapshots of a disk.
     Diff(Diff),
+    /// Forgets snapshots by retention rules, for each disk of each machine, or by name.
+    Forget(Forget),
+    /// Frees what no snapshot needs; safe beside running backups.
+    Prune(Prune),
     /// Lists, adds, removes or changes the passwords and key files that open the repository.
     Key(Key),
 }
@@ -318,6 +323,82 @@ pub(crate) struct Diff {
     pub(crate) disk: Option<String>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct Forget {
+    /// These snapshots; without any the rules decide.
+    #[arg(conflicts_with_all = ["keep_last", "keep_hourly", "keep_daily", "keep_weekly", "keep_monthly", "keep_yearly", "keep_within", "keep_tag"])]
+    pub(crate) snapshots: Vec<String>,
+    /// Keeps the newest N of each disk.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) keep_last: usize,
+    /// Keeps the newest of each of the last N hours that have one.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) keep_hourly: usize,
+    /// The same for days, in UTC.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) keep_daily: usize,
+    /// The same for weeks, from Monday on.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) keep_weekly: usize,
+    /// The same for months.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) keep_monthly: usize,
+    /// The same for years.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) keep_yearly: usize,
+    /// Keeps all that are at most this much older than the newest of their disk, such as 30d or 2w.
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) keep_within: Option<Duration>,
+    /// Keeps all with this tag; can be given more than once.
+    #[arg(long, value_name = "TAG")]
+    pub(crate) keep_tag: Vec<String>,
+    /// Only snapshots of this machine.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Only snapshots that hold this disk.
+    #[arg(long, value_name = "DISK")]
+    pub(crate) disk: Option<String>,
+    /// Only snapshots with this tag.
+    #[arg(long, value_name = "TAG")]
+    pub(crate) tag: Option<String>,
+    /// Forgets also the last snapshot of a disk.
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Takes back that these snapshots were forgotten, as long as no prune has begun to remove them.
+    #[arg(long, requires = "snapshots", conflicts_with_all = ["force", "prune", "dry_run"])]
+    pub(crate) undelete: bool,
+    /// Prunes afterwards.
+    #[arg(long)]
+    pub(crate) prune: bool,
+    /// Says what would be done, and does nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) how: PruneArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prune {
+    /// Says what would be done, and does nothing.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) how: PruneArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// The part of the stored bytes that may stay although nobody needs them, rather than write packs anew.
+    #[arg(long, default_value = "10", value_name = "PERCENT", value_parser = percent)]
+    pub(crate) max_unused: f64,
+    /// Fails rather than free more than this part of the stored bytes, where forgotten snapshots are removed.
+    #[arg(long, default_value_t = 100, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) max_freed: u8,
+    /// How long a forgotten snapshot can be had back, such as 7d or 12h.
+    #[arg(long, default_value = "7d", value_name = "DURATION", value_parser = duration)]
+    pub(crate) undelete_window: Duration,
+}
+
 /// Parses a size such as `131072`, `128K`, `128KiB` or `4M`; units are powers of 1024.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -341,6 +422,47 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("`{text}` is too large"))
 }
 
+/// Parses a duration such as `90s`, `30min`, `12h`, `7d`, `2w` or `1y`, or several of them such as `1d12h`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    let fault = || format!("`{text}` is not a duration; try 12h, 7d, 2w or 1y");
+    let mut rest = text;
+    let mut total: u64 = 0;
+    while !rest.is_empty() {
+        let unit_at = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(fault)?;
+        let (digits, tail) = rest.split_at(unit_at);
+        let next = tail
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at(next);
+        let seconds: u64 = match unit {
+            "s" => 1,
+            "min" => 60,
+            "h" => 3600,
+            "d" => 86_400,
+            "w" => 7 * 86_400,
+            "y" => 365 * 86_400,
+            _ => return Err(fault()),
+        };
+        let number: u64 = digits.parse().map_err(|_| fault())?;
+        total = number
+            .checked_mul(seconds)
+            .and_then(|s| total.checked_add(s))
+            .ok_or_else(fault)?;
+        rest = tail;
+    }
+    match text.is_empty() {
+        true => Err(fault()),
+        false => Ok(Duration::from_secs(total)),
+    }
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    match text.trim_end_matches('%').parse::<f64>() {
+        Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(percent),
+        _ => Err(format!("`{text}` is not a percentage")),
+    }
+}
+
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if seconds.is_finite() && (0.0..=86_400.0).contains(&seconds) => Ok(seconds),
@@ -356,6 +478,27 @@ mod tests {
     #[test]
     fn command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_units() {
+        let seconds = |text| duration(text).map(|d| d.as_secs()).ok();
+        assert_eq!(seconds("7d"), Some(604_800));
+        assert_eq!(seconds("1d12h30min5s"), Some(131_405));
+        assert_eq!(seconds("2w"), seconds("14d"));
+        assert_eq!(seconds("0d"), Some(0));
+        for wrong in [
+            "",
+            "7",
+            "d",
+            "7m",
+            "-1d",
+            "7 d",
+            "99999999999999999999d",
+            "1d2",
+        ] {
+            assert_eq!(seconds(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 
 use super::catalog::Catalog;
-use super::chain::{Parent, Reason, next_generation, parent_asserted, parent_by_bitmap};
+use super::chain::{History, Parent, Reason, next_generation, parent_asserted, parent_by_bitmap};
 use super::event::{Event, Observer, Warning};
 use super::outcome::{BackupOutcome, DiskBackup};
 use super::read_disk::{ReadDisk, Tally, read_disk};
@@ -16,8 +16,8 @@ use super::walk::Contexts;
 use super::workers::{Workers, blocking};
 use super::{EngineError, selector};
 use crate::repo::{
-    BackupKind, Compression, DiskRecord, DiskStats, Session, SessionOptions, Snapshot,
-    SnapshotDraft, SnapshotId,
+    BackupKind, Compression, DiskRecord, DiskStats, Session, SessionOptions, SnapshotDraft,
+    SnapshotId,
 };
 
 /// What a backup is asked to do.
@@ -136,11 +136,12 @@ impl Run<'_> {
                 format!("{file} cannot be read: {why}"),
             );
         }
+        let history = History::from(list);
         for disk in &self.request.disks {
-            let open = self.open(disk, &list.snapshots).await?;
+            let open = self.open(disk, &history).await?;
             opened.push(open);
         }
-        let session = self.begin().await?;
+        let session = self.begin(opened).await?;
         let workers = Workers::start();
         let (mut records, mut reports) = (Vec::new(), Vec::new());
         for disk in opened.iter() {
@@ -166,7 +167,7 @@ impl Run<'_> {
     async fn open(
         &mut self,
         disk: &BackupDisk,
-        snapshots: &[Snapshot],
+        history: &History,
     ) -> Result<OpenDisk, EngineError> {
         let mut reason = None;
         let mut bitmap_lost = false;
@@ -206,7 +207,7 @@ impl Run<'_> {
                 reason = Some(Reason::BitmapMissing);
                 bitmap_lost = true;
             }
-            match self.parent(follow, &disk.disk, snapshots)? {
+            match self.parent(follow, &disk.disk, history)? {
                 Ok(found) if reason.is_none() && size_bytes < found.disk.size_bytes => {
                     reason = Some(Reason::DiskShrunk);
                 }
@@ -224,7 +225,7 @@ impl Run<'_> {
             described: disk.source.text().to_owned(),
             parent,
             reason,
-            generation: next_generation(snapshots, &self.request.name, &disk.disk),
+            generation: next_generation(history, &self.request.name, &disk.disk),
             bitmap_lost,
         };
         match (&self.request.follow, reason) {
@@ -253,22 +254,26 @@ impl Run<'_> {
         &self,
         follow: &Follow,
         disk: &str,
-        snapshots: &'s [Snapshot],
+        history: &'s History,
     ) -> Result<Result<Parent<'s>, Reason>, EngineError> {
         Ok(match &follow.parent {
-            Some(words) => match selector::select(snapshots, words) {
+            Some(words) => match selector::select(&history.snapshots, words) {
                 Ok(found) => parent_asserted(Some(found), disk),
                 Err(EngineError::SnapshotNotFound(_)) => parent_asserted(None, disk),
                 Err(error) => return Err(error),
             },
-            None => parent_by_bitmap(snapshots, &self.request.name, disk, &follow.bitmap),
+            None => parent_by_bitmap(history, &self.request.name, disk, &follow.bitmap),
         })
     }
 
-    async fn begin(&self) -> Result<Arc<Session>, EngineError> {
+    async fn begin(&self, disks: &[OpenDisk]) -> Result<Arc<Session>, EngineError> {
         let repository = Arc::clone(self.catalog.repository());
         let options = SessionOptions {
             compression: self.request.compression,
+            parents: disks
+                .iter()
+                .filter_map(|d| Some(d.parent.as_ref()?.0))
+                .collect(),
             ..SessionOptions::default()
         };
         let session = blocking(move || repository.begin(&options))

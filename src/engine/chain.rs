@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::repo::{DiskRecord, Snapshot, SnapshotId};
+use crate::repo::{DiskRecord, Snapshot, SnapshotId, SnapshotList};
 
 /// Why an incremental reads a disk in full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,7 +15,7 @@ pub enum Reason {
     BitmapInconsistent,
     /// The bitmap is disabled, so that it missed writes.
     BitmapNotRecording,
-    /// The parent that was asserted does not exist, lacks the disk, or cannot be read.
+    /// The parent does not exist any more, lacks the disk, or cannot be read.
     ParentMissing,
     /// Two runs used the bitmap at once, so that none provably came last.
     ParentAmbiguous,
@@ -48,7 +48,7 @@ impl Reason {
             Self::BitmapInconsistent => "the bitmap was not closed cleanly and must be removed",
             Self::BitmapNotRecording => "the bitmap is disabled and missed writes",
             Self::ParentMissing => {
-                "the asserted parent does not exist, lacks the disk or cannot be read"
+                "the snapshot that the bitmap follows, or that was asserted, is forgotten, lacks the disk or cannot be read"
             }
             Self::ParentAmbiguous => "two runs used the bitmap at once and none provably came last",
             Self::DiskShrunk => "the disk is smaller than in its parent",
@@ -63,6 +63,27 @@ impl fmt::Display for Reason {
     }
 }
 
+/// What a repository knows of the past: the chain goes through all of it, whatever of it can still be read.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct History {
+    /// The snapshots that can be inherited from.
+    pub(crate) snapshots: Vec<Snapshot>,
+    /// Those that were forgotten.
+    forgotten: Vec<Snapshot>,
+    /// Whether there are some of which nothing is known.
+    unreadable: bool,
+}
+
+impl From<SnapshotList> for History {
+    fn from(list: SnapshotList) -> Self {
+        Self {
+            snapshots: list.snapshots,
+            forgotten: list.forgotten.into_iter().map(|f| f.snapshot).collect(),
+            unreadable: !list.unreadable.is_empty(),
+        }
+    }
+}
+
 /// The snapshot of a disk from which an incremental may inherit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Parent<'a> {
@@ -71,8 +92,11 @@ pub(crate) struct Parent<'a> {
 }
 
 /// Returns the number that follows those of all snapshots of a disk: what orders them without a clock.
-pub(crate) fn next_generation(snapshots: &[Snapshot], name: &str, disk: &str) -> u64 {
-    of_disk(snapshots, name, disk)
+pub(crate) fn next_generation(history: &History, name: &str, disk: &str) -> u64 {
+    let generations = [&history.snapshots, &history.forgotten];
+    generations
+        .into_iter()
+        .flat_map(|all| of_disk(all, name, disk))
         .map(|p| p.disk.generation)
         .max()
         .map_or(1, |g| g.saturating_add(1))
@@ -81,11 +105,13 @@ pub(crate) fn next_generation(snapshots: &[Snapshot], name: &str, disk: &str) ->
 /// Finds the parent that the bitmap proves: the latest snapshot of the disk that started or used it.
 ///
 /// A later run that found the bitmap missing breaks the chain, since one of that name seen afterwards is another one.
+/// So does a later one that is forgotten: the bitmap may have been cleared after it, and knows nothing of what was
+/// before. One that cannot be read may be that one.
 ///
 /// # Errors
 /// The reason why the disk has to be read in full.
 pub(crate) fn parent_by_bitmap<'a>(
-    snapshots: &'a [Snapshot],
+    history: &'a History,
     name: &str,
     disk: &str,
     bitmap: &str,
@@ -97,28 +123,35 @@ pub(crate) fn parent_by_bitmap<'a>(
                 .chain(&d.bitmaps_lost)
                 .any(|b| b == bitmap)
     };
-    let mut latest: Option<Parent<'a>> = None;
+    let there = of_disk(&history.snapshots, name, disk).map(|p| (p, false));
+    let gone = of_disk(&history.forgotten, name, disk).map(|p| (p, true));
+    let mut latest: Option<(Parent<'a>, bool)> = None;
     let mut ties = 0;
     let mut seen = false;
-    for found in of_disk(snapshots, name, disk) {
+    for (found, is_gone) in there.chain(gone) {
         seen = true;
         if !touches(found.disk) {
             continue;
         }
         match latest {
-            Some(best) if found.disk.generation < best.disk.generation => {}
-            Some(best) if found.disk.generation == best.disk.generation => ties += 1,
+            Some((best, _)) if found.disk.generation < best.disk.generation => {}
+            Some((best, _)) if found.disk.generation == best.disk.generation => ties += 1,
             _ => {
-                latest = Some(found);
+                latest = Some((found, is_gone));
                 ties = 0;
             }
         }
     }
+    let known = |s: &Snapshot| s.draft.name == name;
     match latest {
+        Some(_) if history.unreadable => Err(Reason::ParentMissing),
         Some(_) if ties > 0 => Err(Reason::ParentAmbiguous),
-        Some(best) if best.disk.bitmaps_lost.iter().any(|b| b == bitmap) => Err(Reason::NoParent),
-        Some(best) => Ok(best),
-        None if !seen && snapshots.iter().any(|s| s.draft.name == name) => Err(Reason::NewDisk),
+        Some((best, _)) if best.disk.bitmaps_lost.iter().any(|b| b == bitmap) => {
+            Err(Reason::NoParent)
+        }
+        Some((_, true)) => Err(Reason::ParentMissing),
+        Some((best, false)) => Ok(best),
+        None if !seen && history.snapshots.iter().any(known) => Err(Reason::NewDisk),
         None => Err(Reason::NoParent),
     }
 }

@@ -90,6 +90,14 @@ pub enum EngineError {
         #[source]
         cause: Box<RepoError>,
     },
+    /// A disk would be left without any snapshot.
+    #[error("{name}'s disk {disk} would lose its last snapshot; nothing was forgotten")]
+    LastSnapshot {
+        /// The machine's name.
+        name: String,
+        /// The disk's name.
+        disk: String,
+    },
     /// The restore's target exists and may not be overwritten.
     #[error("target {0} exists; --force overwrites it")]
     TargetExists(String),
@@ -163,6 +171,8 @@ pub enum RepoFault {
     WrongSecret,
     /// It was taken for encrypted, and is not.
     NotEncrypted,
+    /// A brake holds: more would be removed than was allowed.
+    Brake,
     /// The key slot is not there, or must stay.
     KeySlot,
     /// Another process stands in the way.
@@ -180,14 +190,20 @@ impl EngineError {
         Some(match **cause {
             RepoError::NotARepository { .. } => RepoFault::NotFound,
             RepoError::NotEmpty { .. } => RepoFault::Exists,
-            RepoError::Corrupt { .. } | RepoError::Missing { .. } | RepoError::Lost { .. } => {
-                RepoFault::Damaged
-            }
+            RepoError::Corrupt { .. }
+            | RepoError::Missing { .. }
+            | RepoError::Lost { .. }
+            | RepoError::RecordsMissing { .. }
+            | RepoError::SnapshotsUnreadable { .. } => RepoFault::Damaged,
+            RepoError::TooMuch { .. } => RepoFault::Brake,
             RepoError::Unsupported { .. } => RepoFault::Unsupported,
             RepoError::NoRoom { .. } => RepoFault::NoRoom,
             RepoError::Io { .. } => RepoFault::Refused,
             RepoError::AlreadyExists { .. }
             | RepoError::Fenced { .. }
+            | RepoError::ParentGone { .. }
+            | RepoError::TooLate { .. }
+            | RepoError::PruneBusy
             | RepoError::NoSuchSnapshot { .. } => RepoFault::Busy,
             RepoError::SecretNeeded => RepoFault::SecretNeeded,
             RepoError::WrongSecret { .. } => RepoFault::WrongSecret,

@@ -48,6 +48,7 @@ pub async fn restore(
 ) -> Result<RestoreOutcome, EngineError> {
     let clock = Instant::now();
     let snapshot = catalog.find(&request.snapshot).await?;
+    let _pin = catalog.pin(&snapshot).await?;
     let record = disk_of(&snapshot, request.disk.as_deref())?;
     let disk = Disk::open(catalog, &snapshot, record)?;
     let size_bytes = record.size_bytes;

@@ -89,6 +89,54 @@ pub enum RepoError {
         /// The id that was asked for.
         id: SnapshotId,
     },
+    /// A snapshot that a session was to inherit from is gone, or going.
+    #[error("snapshot {id}, the parent of this backup, was forgotten and is being removed")]
+    ParentGone {
+        /// The parent.
+        id: SnapshotId,
+    },
+    /// Forgetting a snapshot cannot be undone any more.
+    #[error("snapshot {id} is being removed already")]
+    TooLate {
+        /// The snapshot.
+        id: SnapshotId,
+    },
+    /// A prune would lose what snapshots need; nothing was removed.
+    #[error(
+        "{records} records that snapshots need are in no pack, such as {example}...; nothing was removed"
+    )]
+    RecordsMissing {
+        /// How many.
+        records: u64,
+        /// The start of the identifier of one of them.
+        example: String,
+    },
+    /// Some snapshots cannot be read, so that a prune cannot know what they need.
+    #[error(
+        "{count} snapshots cannot be read, and what they need is not known; nothing was removed"
+    )]
+    SnapshotsUnreadable {
+        /// How many.
+        count: usize,
+        /// What is wrong with one of them.
+        #[source]
+        one: Box<RepoError>,
+    },
+    /// A prune would free more than was allowed.
+    #[error(
+        "this would free {freed_bytes} of {total_bytes} bytes, more than {most_percent} %; nothing was removed"
+    )]
+    TooMuch {
+        /// What it would free.
+        freed_bytes: u64,
+        /// What is stored.
+        total_bytes: u64,
+        /// What was allowed.
+        most_percent: u8,
+    },
+    /// Another prune was faster.
+    #[error("another prune ran at the same time")]
+    PruneBusy,
     /// Another process declared this session dead, so that it may not commit.
     #[error("session {id} was ended by another process; start a new backup")]
     Fenced {

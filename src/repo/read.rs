@@ -115,14 +115,20 @@ impl Repository {
             Ok(()) => return Ok(()),
             Err(first) => first,
         };
-        let mut tried = 1;
-        for (kind, place) in self.index().find_all(entry.id.as_bytes())? {
-            if kind != PackKind::Data || place == entry.place {
-                continue;
+        let mut tried = vec![entry.place];
+        for look_again in [false, true] {
+            // A prune may have moved it since the index was read.
+            if look_again {
+                self.index().refresh()?;
             }
-            tried += 1;
-            if self.read_from(entry, &place, plain_len, out).is_ok() {
-                return Ok(());
+            for (kind, place) in self.index().find_all(entry.id.as_bytes())? {
+                if kind != PackKind::Data || tried.contains(&place) {
+                    continue;
+                }
+                tried.push(place);
+                if self.read_from(entry, &place, plain_len, out).is_ok() {
+                    return Ok(());
+                }
             }
         }
         out.clear();
@@ -130,7 +136,7 @@ impl Repository {
             RepoError::Missing { .. } => RepoError::Lost {
                 what: "chunk",
                 id: entry.id.to_string(),
-                tried,
+                tried: tried.len(),
                 last: Some(Box::new(first)),
             },
             other => other,

@@ -6,8 +6,11 @@ use super::chunk::ChunkSize;
 use super::cipher::Encryption;
 use super::compress::Compression;
 use super::error::RepoError;
+use super::forget::Forgotten;
+use super::format::FileKind;
 use super::format::config::Config;
 use super::format::envelope::MAX_SMALL_FILE;
+use super::format::generation::is_fence;
 use super::format::key_slot::{ClearKey, Master};
 use super::format::snapshot::file_name;
 use super::ids::{RepoUuid, SnapshotId};
@@ -45,8 +48,10 @@ pub struct InitOptions {
 /// The snapshots of a repository.
 #[derive(Clone, Debug, Default)]
 pub struct SnapshotList {
-    /// Those that can be read, by their start, then by id.
+    /// Those that can be read and are not forgotten, by their start, then by id.
     pub snapshots: Vec<Snapshot>,
+    /// Those that are forgotten, as far as that still matters to anybody: what a disk's chain of bitmaps went through.
+    pub forgotten: Vec<Forgotten>,
     /// The files that cannot be read, with the reasons.
     pub unreadable: Vec<(String, RepoError)>,
 }
@@ -176,12 +181,17 @@ impl Repository {
         all
     }
 
-    /// Reads all snapshots; one that cannot be read does not hide the others.
+    /// Reads all snapshots that are not forgotten; one that cannot be read does not hide the others.
     pub fn snapshots(&self) -> Result<SnapshotList, RepoError> {
         let mut list = SnapshotList::default();
-        for file in self.storage.list("snap/")? {
+        let files = self.storage.list("snap/")?;
+        // Read after the list: what is forgotten meanwhile is left out.
+        let forgotten = self.forgotten()?;
+        list.unreadable = forgotten.unreadable;
+        for file in files {
             let id = file.name.strip_prefix("snap/").map(str::parse);
             let read = match id {
+                Some(Ok(id)) if forgotten.ids.contains(&id) => continue,
                 Some(Ok(id)) => self.snapshot(&id),
                 _ => Err(RepoError::corrupt(
                     &file.name,
@@ -191,7 +201,7 @@ impl Repository {
             };
             match read {
                 Ok(snapshot) => list.snapshots.push(snapshot),
-                // Removed since it was listed.
+                // Removed since it was listed, or the fence of a session that never committed.
                 Err(RepoError::NoSuchSnapshot { .. }) => {}
                 Err(error) => list.unreadable.push((file.name, error)),
             }
@@ -199,10 +209,11 @@ impl Repository {
         list.snapshots
             .sort_by_key(|s| (s.draft.started_unix_nanos, s.id));
         list.unreadable.sort_by(|a, b| a.0.cmp(&b.0));
+        list.forgotten = forgotten.snapshots;
         Ok(list)
     }
 
-    /// Reads one snapshot.
+    /// Reads one snapshot, forgotten or not.
     pub fn snapshot(&self, id: &SnapshotId) -> Result<Snapshot, RepoError> {
         let file = file_name(id);
         let bytes = match self.storage.read(&file, MAX_SMALL_FILE) {
@@ -210,16 +221,30 @@ impl Repository {
             Err(StorageError::Missing { .. }) => return Err(RepoError::NoSuchSnapshot { id: *id }),
             Err(other) => return Err(other.into()),
         };
-        let snapshot = Snapshot::decode(&bytes, &self.keys, self.chunk_size())
-            .map_err(|e| e.in_file(&file))?;
-        if snapshot.id != *id || snapshot.repo != self.uuid() {
-            let what = format!(
-                "it holds snapshot {} of repository {}",
-                snapshot.id, snapshot.repo
-            );
-            return Err(RepoError::corrupt(file, 0, what));
+        if is_fence(&bytes, self.keys.mac()) {
+            return Err(RepoError::NoSuchSnapshot { id: *id });
         }
+        let snapshot = Snapshot::decode(&bytes, FileKind::Snapshot, &self.keys, self.chunk_size())
+            .map_err(|e| e.in_file(&file))?;
+        self.check_identity(&snapshot, id, &file)?;
         Ok(snapshot)
+    }
+
+    /// Fails when a snapshot is another one than its file's name says.
+    pub(super) fn check_identity(
+        &self,
+        snapshot: &Snapshot,
+        id: &SnapshotId,
+        file: &str,
+    ) -> Result<(), RepoError> {
+        if snapshot.id == *id && snapshot.repo == self.uuid() {
+            return Ok(());
+        }
+        let what = format!(
+            "it holds snapshot {} of repository {}",
+            snapshot.id, snapshot.repo
+        );
+        Err(RepoError::corrupt(file, 0, what))
     }
 
     /// Opens the map of a disk of `disk_bytes` bytes.
@@ -240,7 +265,6 @@ impl Repository {
         if swept > 0 {
             tracing::info!(files = swept, "removed what a killed session was writing");
         }
-        self.index.refresh()?;
         Session::begin(Arc::clone(self), options)
     }
 

@@ -9,18 +9,20 @@ use super::chunk::{ChunkEntry, Place, RecordFlags, is_zero};
 use super::cipher::Encryption;
 use super::compress::{Compression, compress};
 use super::error::RepoError;
+use super::format::FileKind;
 use super::format::pack::{PackKind, PackTrailer};
 use super::format::snapshot::file_name;
 use super::ids::{NodeId, PackId, SnapshotId};
 use super::map::MapWriter;
 use super::pack::{Body, Packs};
+use super::presence::Presence;
 use super::repository::Repository;
 use super::snapshot::{MapRoot, Snapshot, SnapshotDraft};
 use super::storage::StorageError;
 use crate::meter::Meter;
 
 /// How a session stores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionOptions {
     /// How chunks are compressed; `None` for the repository's own way.
     pub compression: Option<Compression>,
@@ -28,6 +30,8 @@ pub struct SessionOptions {
     pub pack_bytes: u64,
     /// How many stored chunks and nodes are remembered before they are written to the index.
     pub remembered: usize,
+    /// The snapshots whose maps may be given as parents: none of what they need is removed while the session is open.
+    pub parents: Vec<SnapshotId>,
 }
 
 impl Default for SessionOptions {
@@ -37,6 +41,7 @@ impl Default for SessionOptions {
             pack_bytes: 64 << 20,
             // What a hash table of 256 Ki buckets holds.
             remembered: (256 << 10) / 8 * 7,
+            parents: Vec::new(),
         }
     }
 }
@@ -82,15 +87,23 @@ impl Session {
         options: &SessionOptions,
     ) -> Result<Self, RepoError> {
         let id = SnapshotId::random()?;
-        let storage = Arc::clone(repo.storage());
-        let keys = Arc::clone(repo.keys());
-        let packs = Packs::new(storage, repo.uuid(), keys, id, options.pack_bytes)?;
+        let presence = Presence::announce(&repo, id, options.parents.clone())?;
+        let begun = Self::begin_announced(&repo, id, options);
+        let (packs, parent_roots) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                presence.withdraw(&repo);
+                return Err(error);
+            }
+        };
         let core = SessionCore {
             compression: options.compression.unwrap_or(repo.compression()),
             remembered: options.remembered.max(1),
             id,
             repo,
             packs,
+            presence,
+            parent_roots,
             packs_there: Mutex::default(),
             roots: Mutex::default(),
             spilling: Mutex::default(),
@@ -100,6 +113,30 @@ impl Session {
         Ok(Self {
             core: Arc::new(core),
         })
+    }
+
+    fn begin_announced(
+        repo: &Arc<Repository>,
+        id: SnapshotId,
+        options: &SessionOptions,
+    ) -> Result<(Packs, HashSet<Root>), RepoError> {
+        let mut roots = HashSet::new();
+        for parent in &options.parents {
+            let snapshot = repo.snapshot(parent).map_err(|e| match e {
+                RepoError::NoSuchSnapshot { id } => RepoError::ParentGone { id },
+                other => other,
+            })?;
+            roots.extend(snapshot.draft.disks.iter().filter_map(|d| root_of(&d.root)));
+        }
+        repo.index().refresh()?;
+        let packs = Packs::new(
+            Arc::clone(repo.storage()),
+            repo.uuid(),
+            Arc::clone(repo.keys()),
+            id,
+            options.pack_bytes,
+        )?;
+        Ok((packs, roots))
     }
 
     /// The identifier that the snapshot will have.
@@ -119,13 +156,22 @@ impl Session {
         &self.core.meters
     }
 
-    /// Begins the map of a disk of `disk_bytes` bytes; the parent is a committed map and its disk's size in bytes.
+    /// Begins the map of a disk of `disk_bytes` bytes; the parent is a map of one of the session's parents, and its disk's
+    /// size in bytes.
     pub fn map_writer(
         &self,
         parent: Option<(&MapRoot, u64)>,
         disk_bytes: u64,
     ) -> Result<MapWriter, RepoError> {
         self.core.check()?;
+        let foreign = parent
+            .and_then(|(root, _)| root_of(root))
+            .is_some_and(|root| !self.core.parent_roots.contains(&root));
+        if foreign {
+            return Err(RepoError::misuse(
+                "the parent's map is of none of the snapshots that the session was begun with",
+            ));
+        }
         MapWriter::new(
             Arc::clone(&self.core),
             Arc::clone(self.core.repo.nodes()),
@@ -148,12 +194,15 @@ pub(crate) struct SessionCore {
     id: SnapshotId,
     compression: Compression,
     packs: Packs,
+    presence: Presence,
+    /// The maps of the parents.
+    parent_roots: HashSet<Root>,
     /// How many records are remembered before they go to the index.
     remembered: usize,
     /// The lengths of packs that the index named; `None` for those that are not there.
     packs_there: Mutex<HashMap<(PackKind, PackId), Option<u64>>>,
     /// The roots that this session's map writers finished.
-    roots: Mutex<HashSet<(u8, NodeId)>>,
+    roots: Mutex<HashSet<Root>>,
     spilling: Mutex<()>,
     meters: StoreMeters,
     finished: AtomicBool,
@@ -185,8 +234,8 @@ impl SessionCore {
 
     /// Remembers a root whose nodes this session made durable or found durable.
     pub(crate) fn add_root(&self, root: &MapRoot) {
-        if let Some(id) = root.id() {
-            lock(&self.roots).insert((root.level, id));
+        if let Some(root) = root_of(root) {
+            lock(&self.roots).insert(root);
         }
     }
 
@@ -243,10 +292,7 @@ impl SessionCore {
         for disk in &mut draft.disks {
             let chunks = self.repo.chunk_size().count(disk.size_bytes);
             disk.root.check(chunks)?;
-            let ours = match disk.root.id() {
-                Some(id) => lock(&self.roots).contains(&(disk.root.level, id)),
-                None => true,
-            };
+            let ours = root_of(&disk.root).is_none_or(|root| lock(&self.roots).contains(&root));
             if !ours {
                 return Err(RepoError::misuse(format!(
                     "the map of disk {} was not written in this session",
@@ -258,6 +304,7 @@ impl SessionCore {
             return Err(RepoError::SessionFinished { id: self.id });
         }
         let snapshot = self.publish(draft).map_err(|e| self.packs.fail(e))?;
+        self.presence.withdraw(&self.repo);
         // The snapshot is durable: whatever happens to the index now is no failure of the backup.
         if let Err(error) = self.repo.merge_index(MERGE_AT_COMMIT) {
             tracing::warn!(%error, "index segments were not merged");
@@ -281,7 +328,7 @@ impl SessionCore {
             packs,
         };
         let mut file = storage.create()?;
-        file.write(&snapshot.encode(self.repo.keys())?)?;
+        file.write(&snapshot.encode(FileKind::Snapshot, self.repo.keys())?)?;
         match file.publish(&file_name(&self.id)) {
             Ok(()) => {}
             Err(StorageError::Exists { .. }) => return Err(RepoError::Fenced { id: self.id }),
@@ -293,6 +340,9 @@ impl SessionCore {
 
     fn check(&self) -> Result<(), RepoError> {
         self.packs.check()?;
+        self.presence
+            .beat_if_due(&self.repo)
+            .map_err(|e| self.packs.fail(e))?;
         match self.finished.load(Ordering::SeqCst) {
             false => Ok(()),
             true => Err(RepoError::SessionFinished { id: self.id }),
@@ -342,7 +392,9 @@ impl SessionCore {
             return Ok(Some(place));
         }
         let usable = |found: &(PackKind, Place)| -> Result<bool, RepoError> {
-            Ok(found.0 == kind && self.is_there(kind, &found.1)?)
+            Ok(found.0 == kind
+                && !self.presence.is_condemned(&(kind, found.1.pack))
+                && self.is_there(kind, &found.1)?)
         };
         let index = self.repo.index();
         let Some(found) = index.find(id)? else {
@@ -378,6 +430,19 @@ impl SessionCore {
         let end = u64::from(place.offset) + u64::from(place.len) + PackTrailer::LEN as u64;
         Ok(len.is_some_and(|len| end <= len))
     }
+}
+
+impl Drop for SessionCore {
+    fn drop(&mut self) {
+        self.presence.withdraw(&self.repo);
+    }
+}
+
+/// What tells a map from all others.
+type Root = (u8, NodeId);
+
+fn root_of(root: &MapRoot) -> Option<Root> {
+    root.id().map(|id| (root.level, id))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -109,6 +109,12 @@ impl From<&EngineError> for Failure {
             EngineError::DiskUnknown { .. } => {
                 ("disk-not-found", 1, false, Some("name one with --disk"))
             }
+            EngineError::LastSnapshot { .. } => (
+                "last-snapshot",
+                1,
+                false,
+                Some("--force forgets it all the same"),
+            ),
             EngineError::TargetExists(_) => ("target-exists", 1, false, None),
             EngineError::Target { cause, .. } if is_full(cause.as_ref()) => (
                 "no-room",
@@ -191,6 +197,12 @@ fn repository(fault: RepoFault) -> (&'static str, u8, bool, Option<&'static str>
             Some("check --repo; a repository without encryption is used without a password"),
         ),
         RepoFault::KeySlot => ("key-slot", 1, false, Some("see nbdbackup key list")),
+        RepoFault::Brake => (
+            "brake",
+            1,
+            false,
+            Some("look at nbdbackup prune --dry-run; --max-freed 100 lets it go on"),
+        ),
         RepoFault::Busy => ("repository-busy", 11, true, Some("try again")),
         RepoFault::Internal => ("failed", 1, false, None),
     }

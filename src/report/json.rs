@@ -6,8 +6,9 @@ use serde::Serialize;
 use super::{Failure, Outcome};
 use crate::engine::{
     BackupKind, BackupOutcome, ByteRange, ContextMap, DiffOutcome, DiskBackup, DiskRecord,
-    ExportInfo, InfoOutcome, InitOutcome, KeyOutcome, Progress, RestoreOutcome, ServeOutcome,
-    ServedExport, SlotInfo, Snapshot, SnapshotsOutcome, Warning,
+    ExportInfo, ForgetOutcome, InfoOutcome, InitOutcome, Kept, KeyOutcome, Progress, PruneOutcome,
+    Pruned, RestoreOutcome, ServeOutcome, ServedExport, SlotInfo, Snapshot, SnapshotsOutcome,
+    Warning,
 };
 
 /// The number of the schema; fields are only ever added within one.
@@ -149,6 +150,8 @@ enum Detail {
     Show { snapshot: SnapshotResult },
     Info(InfoResult),
     Diff(DiffResult),
+    Forget(Box<ForgetResult>),
+    Prune(Box<PruneResult>),
     Key(KeyResult),
 }
 
@@ -168,6 +171,8 @@ impl From<&Outcome> for ResultLine {
             ),
             Outcome::Info(o) => ("info", Detail::Info(o.into())),
             Outcome::Diff(o) => ("diff", Detail::Diff(o.into())),
+            Outcome::Forget(o) => ("forget", Detail::Forget(Box::new(o.into()))),
+            Outcome::Prune(o) => ("prune", Detail::Prune(Box::new(o.into()))),
             Outcome::Key(o) => ("key", Detail::Key(o.into())),
         };
         Self {
@@ -536,6 +541,104 @@ impl From<&DiffOutcome> for DiffResult {
             b_size_bytes: o.sizes_bytes[1],
             differing_bytes: o.ranges.iter().map(|r| r.len()).sum(),
             ranges: o.ranges.iter().map(range).collect(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct ForgetResult {
+    repository: String,
+    dry_run: bool,
+    forgotten: Vec<SnapshotResult>,
+    kept: Vec<KeptResult>,
+    undeleted: Vec<SnapshotResult>,
+    prune: Option<PrunedResult>,
+}
+
+#[derive(Serialize)]
+struct KeptResult {
+    snapshot: SnapshotResult,
+    reasons: Vec<KeptReason>,
+}
+
+#[derive(Serialize)]
+struct KeptReason {
+    disk: String,
+    rule: &'static str,
+}
+
+impl From<&ForgetOutcome> for ForgetResult {
+    fn from(o: &ForgetOutcome) -> Self {
+        let kept = |(snapshot, reasons): &(Snapshot, Vec<Kept>)| KeptResult {
+            snapshot: snapshot.into(),
+            reasons: reasons
+                .iter()
+                .map(|r| KeptReason {
+                    disk: r.disk.clone(),
+                    rule: r.rule,
+                })
+                .collect(),
+        };
+        Self {
+            repository: o.repository.clone(),
+            dry_run: o.dry_run,
+            forgotten: o.forgotten.iter().map(Into::into).collect(),
+            kept: o.kept.iter().map(kept).collect(),
+            undeleted: o.had_back.iter().map(Into::into).collect(),
+            prune: o.prune.as_ref().map(Into::into),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct PruneResult {
+    repository: String,
+    dry_run: bool,
+    #[serde(flatten)]
+    pruned: PrunedResult,
+}
+
+impl From<&PruneOutcome> for PruneResult {
+    fn from(o: &PruneOutcome) -> Self {
+        Self {
+            repository: o.repository.clone(),
+            dry_run: o.dry_run,
+            pruned: (&o.pruned).into(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct PrunedResult {
+    snapshots_removed: u64,
+    packs_removed: u64,
+    removed_bytes: u64,
+    packs_repacked: u64,
+    written_bytes: u64,
+    packs_waiting: u64,
+    waiting_bytes: u64,
+    waiting_for: Vec<String>,
+    total_bytes: u64,
+    unused_bytes: u64,
+    damaged: Vec<String>,
+    no_room: bool,
+}
+
+impl From<&Pruned> for PrunedResult {
+    fn from(p: &Pruned) -> Self {
+        Self {
+            snapshots_removed: p.snapshots_removed,
+            packs_removed: p.packs_removed,
+            removed_bytes: p.removed_bytes,
+            packs_repacked: p.packs_repacked,
+            written_bytes: p.written_bytes,
+            packs_waiting: p.packs_waiting,
+            waiting_bytes: p.waiting_bytes,
+            waiting_for: p.waiting_for.iter().map(ToString::to_string).collect(),
+            total_bytes: p.total_bytes,
+            unused_bytes: p.unused_bytes,
+            damaged: p.damaged.iter().map(|(_, e)| e.to_string()).collect(),
+            no_room: p.no_room,
         }
     }
 }

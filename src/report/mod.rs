@@ -12,8 +12,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use crate::engine::{
-    BackupOutcome, DiffOutcome, Event, InfoOutcome, InitOutcome, KeyOutcome, Observer,
-    RestoreOutcome, ServeOutcome, Snapshot, SnapshotsOutcome, Warning,
+    BackupOutcome, DiffOutcome, Event, ForgetOutcome, InfoOutcome, InitOutcome, KeyOutcome,
+    Observer, PruneOutcome, RestoreOutcome, ServeOutcome, Snapshot, SnapshotsOutcome, Warning,
 };
 use progress::{Bar, Pace};
 
@@ -36,6 +36,10 @@ pub enum Outcome {
     Info(InfoOutcome),
     /// Two snapshots were compared.
     Diff(DiffOutcome),
+    /// Snapshots were forgotten.
+    Forget(ForgetOutcome),
+    /// What no snapshot needs was freed.
+    Prune(PruneOutcome),
     /// Keys were listed or changed.
     Key(KeyOutcome),
 }

@@ -8,8 +8,8 @@ use indicatif::HumanBytes;
 use super::Outcome;
 use super::json::kind;
 use crate::engine::{
-    BackupOutcome, DiffOutcome, InfoOutcome, KeyOutcome, Progress, ServedExport, Snapshot,
-    SnapshotsOutcome,
+    BackupOutcome, DiffOutcome, ForgetOutcome, InfoOutcome, KeyOutcome, Progress, PruneOutcome,
+    Pruned, ServedExport, Snapshot, SnapshotsOutcome,
 };
 
 /// Writes the text of an outcome; writing to a string cannot fail.
@@ -48,6 +48,8 @@ pub(super) fn outcome(out: &mut String, outcome: &Outcome) {
         Outcome::Show(s) => show(out, s),
         Outcome::Info(o) => info(out, o),
         Outcome::Diff(o) => diff(out, o),
+        Outcome::Forget(o) => forget(out, o),
+        Outcome::Prune(o) => prune(out, o),
         Outcome::Key(o) => keys(out, o),
     };
 }
@@ -259,6 +261,80 @@ fn info(out: &mut String, o: &InfoOutcome) -> std::fmt::Result {
             "bitmap {}: {} dirty",
             printable(&bitmap.name),
             HumanBytes(bitmap.dirty_bytes)
+        )?;
+    }
+    Ok(())
+}
+
+fn forget(out: &mut String, o: &ForgetOutcome) -> std::fmt::Result {
+    for (s, reasons) in &o.kept {
+        let mut rules: Vec<&str> = reasons.iter().map(|r| r.rule).collect();
+        rules.dedup();
+        one_snapshot(out, if o.dry_run { "would keep" } else { "kept" }, s)?;
+        writeln!(out, "  ({})", rules.join(", "))?;
+    }
+    for s in &o.forgotten {
+        let word = if o.dry_run { "would forget" } else { "forgot" };
+        one_snapshot(out, word, s)?;
+        out.push('\n');
+    }
+    for s in &o.had_back {
+        one_snapshot(out, "had back", s)?;
+        out.push('\n');
+    }
+    if o.forgotten.is_empty() && o.had_back.is_empty() {
+        writeln!(out, "nothing to forget")?;
+    }
+    match &o.prune {
+        Some(p) => pruned(out, p, o.dry_run),
+        None => Ok(()),
+    }
+}
+
+fn one_snapshot(out: &mut String, word: &str, s: &Snapshot) -> std::fmt::Result {
+    let disks: Vec<&str> = s.draft.disks.iter().map(|d| d.disk.as_str()).collect();
+    write!(
+        out,
+        "{word} {}  {}  {}  {}",
+        &s.id.to_string()[..12],
+        DateTime::from_timestamp_nanos(s.draft.started_unix_nanos).format("%Y-%m-%d %H:%M:%S UTC"),
+        printable(&s.draft.name),
+        printable(&disks.join(", "))
+    )
+}
+
+fn prune(out: &mut String, o: &PruneOutcome) -> std::fmt::Result {
+    pruned(out, &o.pruned, o.dry_run)
+}
+
+fn pruned(out: &mut String, p: &Pruned, dry_run: bool) -> std::fmt::Result {
+    let word = if dry_run { "would remove" } else { "removed" };
+    writeln!(
+        out,
+        "{word} {} snapshots and {} packs of {}; {} packs written anew into {}",
+        p.snapshots_removed,
+        p.packs_removed,
+        HumanBytes(p.removed_bytes),
+        p.packs_repacked,
+        HumanBytes(p.written_bytes)
+    )?;
+    if p.packs_waiting > 0 {
+        let sessions: Vec<String> = p.waiting_for.iter().map(ToString::to_string).collect();
+        writeln!(
+            out,
+            "{} packs of {} wait for running backups to end: {}",
+            p.packs_waiting,
+            HumanBytes(p.waiting_bytes),
+            sessions.join(", ")
+        )?;
+    }
+    for (_, error) in &p.damaged {
+        writeln!(out, "left alone: {error}")?;
+    }
+    if p.no_room {
+        writeln!(
+            out,
+            "there was no room to write packs anew: prune once more"
         )?;
     }
     Ok(())

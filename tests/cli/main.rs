@@ -1,6 +1,7 @@
 //! The command line: usage, exit codes, JSON, text.
 
 mod command;
+mod forget;
 mod json;
 mod key;
 mod snapshots;

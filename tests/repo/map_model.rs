@@ -29,8 +29,9 @@ fn random_updates_read_as_the_model_has_them() {
         let mut rng = Rng(seed);
         let (_, repo) = new_repo();
         let mut states: Vec<(Model, MapRoot)> = Vec::new();
+        let mut ids = Vec::new();
         for step in 0..8 {
-            let session = repo.begin(&small_session()).unwrap();
+            let session = repo.begin(&session_after(&ids)).unwrap();
             let parent = match states.is_empty() || rng.below(8) == 0 {
                 true => None,
                 false => Some(states[rng.below(states.len() as u64) as usize].clone()),
@@ -38,6 +39,7 @@ fn random_updates_read_as_the_model_has_them() {
             let (model, root) = random_child(&mut rng, &session, parent.as_ref());
             let snapshot = session.commit(draft("d", model.bytes(), root)).unwrap();
             assert_reads_as(&repo, &snapshot.id, &model, &mut rng);
+            ids.push(snapshot.id);
             if let Some((before, before_root)) = &parent {
                 assert_differs_as(&repo, (before, before_root), (&model, &root));
             }

@@ -40,11 +40,11 @@ fn one_dirty_chunk_of_ten_tebibytes_writes_a_node_per_level() {
     }
     map.zero(map.position()..chunks).unwrap();
     let parent = map.finish().unwrap();
-    session.commit(draft("d", DISK, parent)).unwrap();
+    let parent_id = session.commit(draft("d", DISK, parent)).unwrap().id;
 
     let calls = FaultStorage::new(Arc::new(storage), u64::MAX, Fault::Once);
     let repo = Repository::open(Arc::new(calls.clone())).unwrap();
-    let session = repo.begin(&small_session()).unwrap();
+    let session = repo.begin(&session_after(&[parent_id])).unwrap();
     let entry = chunk(&session, 77);
     let before = calls.calls();
     let start = Instant::now();
@@ -85,10 +85,10 @@ fn keeping_all_of_ten_tebibytes_reads_and_writes_nothing() {
     map.put(0, chunk(&session, 1)).unwrap();
     map.zero(1..map.chunks()).unwrap();
     let parent = map.finish().unwrap();
-    session.commit(draft("d", DISK, parent)).unwrap();
+    let parent_id = session.commit(draft("d", DISK, parent)).unwrap().id;
     let calls = FaultStorage::new(Arc::new(storage), u64::MAX, Fault::Once);
     let repo = Repository::open(Arc::new(calls.clone())).unwrap();
-    let session = repo.begin(&small_session()).unwrap();
+    let session = repo.begin(&session_after(&[parent_id])).unwrap();
     let before = calls.calls();
     let mut map = session.map_writer(Some((&parent, DISK)), DISK).unwrap();
     map.keep(0..map.chunks()).unwrap();

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use nbdbackup::repo::{
-    BackupKind, Batcher, ChunkRead, ChunkSize, Compression, DiskRecord, DiskStats, FileInfo,
+    BackupKind, Batcher, ChunkRead, ChunkSize, Compression, DiskRecord, DiskStats, FileInfo, Hold,
     InitOptions, MapRoot, MemoryStorage, NewFile, PasswordCost, ReadBuffers, RepoError, Repository,
     Run, Secret, Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage,
     StorageError,
@@ -55,6 +56,14 @@ pub(crate) fn small_session() -> SessionOptions {
     SessionOptions {
         pack_bytes: 200 << 10,
         ..SessionOptions::default()
+    }
+}
+
+/// The same, with snapshots that it may inherit from.
+pub(crate) fn session_after(parents: &[SnapshotId]) -> SessionOptions {
+    SessionOptions {
+        parents: parents.to_vec(),
+        ..small_session()
     }
 }
 
@@ -122,6 +131,32 @@ pub(crate) fn store_disk(session: &Session, disk: &[u8]) -> Result<(MapRoot, u64
         }
     }
     Ok((map.finish()?, new))
+}
+
+/// Backs a disk up, of which some chunks are as in a parent.
+pub(crate) fn backup_after(
+    repo: &Arc<Repository>,
+    parent: &Snapshot,
+    disk: &[u8],
+    same: std::ops::Range<u64>,
+) -> Result<Snapshot, RepoError> {
+    let session = repo.begin(&session_after(&[parent.id]))?;
+    let before = &parent.draft.disks[0];
+    let size = disk.len() as u64;
+    let mut map = session.map_writer(Some((&before.root, before.size_bytes)), size)?;
+    for (number, chunk) in disk.chunks(CHUNK).enumerate() {
+        let number = number as u64;
+        if same.contains(&number) {
+            map.keep(number..number + 1)?;
+            continue;
+        }
+        match session.store_chunk(chunk)?.entry {
+            Some(entry) => map.put(number, entry)?,
+            None => map.zero(number..number + 1)?,
+        }
+    }
+    let root = map.finish()?;
+    session.commit(draft("disk", size, root))
 }
 
 /// Backs a disk up in full.
@@ -199,6 +234,10 @@ pub(crate) enum Fault {
     NoRoom,
     /// This one call fails.
     Once,
+    /// Nothing fails, but from this call on nobody seems to hold what it holds.
+    LocksLie,
+    /// Nothing fails, but there are no locks, and by the storage's clock all was written so many seconds ago.
+    NoLocks(i64),
 }
 
 /// Storage that fails at the call of a chosen number, counted from 1.
@@ -262,7 +301,14 @@ impl Storage for FaultStorage {
 
     fn list(&self, prefix: &str) -> Result<Vec<FileInfo>, StorageError> {
         self.call(prefix, false)?;
-        self.inner.list(prefix)
+        let mut files = self.inner.list(prefix)?;
+        if let Fault::NoLocks(seconds) = self.fault {
+            let ago = Duration::from_secs(seconds.unsigned_abs());
+            let now = SystemTime::now();
+            let then = if seconds > 0 { now - ago } else { now + ago };
+            files.iter_mut().for_each(|f| f.modified = Some(then));
+        }
+        Ok(files)
     }
 
     fn remove(&self, name: &str) -> Result<(), StorageError> {
@@ -273,6 +319,20 @@ impl Storage for FaultStorage {
     fn barrier(&self) -> Result<(), StorageError> {
         self.call("folders", false)?;
         self.inner.barrier()
+    }
+
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
+        self.call(name, false)?;
+        self.inner.hold(name)
+    }
+
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
+        self.call(name, false)?;
+        match self.fault {
+            Fault::LocksLie => Ok(Some(false)),
+            Fault::NoLocks(_) => Ok(None),
+            Fault::Dead | Fault::NoRoom | Fault::Once => self.inner.is_held(name),
+        }
     }
 
     fn sweep(&self) -> Result<u64, StorageError> {
@@ -300,4 +360,108 @@ impl NewFile for FaultFile {
         self.storage.call(name, true)?;
         self.inner.publish(name)
     }
+}
+
+/// What a power failure may leave of a storage: all, nothing, or any part of what no barrier made durable.
+pub(crate) fn power_failures(storage: &MemoryStorage, seed: u64) -> Vec<(String, MemoryStorage)> {
+    let mut left = vec![
+        ("all".to_owned(), storage.after_power_failure(|_| true)),
+        ("nothing".to_owned(), storage.after_power_failure(|_| false)),
+    ];
+    for mix in 0..3 {
+        let mut rng = Rng(seed.wrapping_mul(31).wrapping_add(mix));
+        let some = storage.after_power_failure(|_| rng.below(2) == 0);
+        left.push((format!("mix {mix}"), some));
+    }
+    left
+}
+
+/// A longer run was asked for; else tests take samples of what takes minutes.
+pub(crate) fn thorough() -> bool {
+    std::env::var_os("NBDBACKUP_TEST_ALL").is_some()
+}
+
+/// Storage with room for so many bytes in all.
+#[derive(Debug)]
+pub(crate) struct FullStorage(pub(crate) MemoryStorage, pub(crate) u64);
+
+impl Storage for FullStorage {
+    fn create(&self) -> Result<Box<dyn NewFile>, StorageError> {
+        Ok(Box::new(FullFile {
+            inner: self.0.create()?,
+            storage: self.0.clone(),
+            room: self.1,
+            len: 0,
+        }))
+    }
+
+    fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, StorageError> {
+        self.0.read(name, limit)
+    }
+
+    fn read_at(&self, name: &str, at: u64, buf: &mut [u8]) -> Result<(), StorageError> {
+        self.0.read_at(name, at, buf)
+    }
+
+    fn len(&self, name: &str) -> Result<u64, StorageError> {
+        self.0.len(name)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<FileInfo>, StorageError> {
+        self.0.list(prefix)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), StorageError> {
+        self.0.remove(name)
+    }
+
+    fn barrier(&self) -> Result<(), StorageError> {
+        self.0.barrier()
+    }
+
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
+        self.0.hold(name)
+    }
+
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
+        self.0.is_held(name)
+    }
+
+    fn sweep(&self) -> Result<u64, StorageError> {
+        self.0.sweep()
+    }
+
+    fn place(&self) -> String {
+        self.0.place()
+    }
+}
+
+struct FullFile {
+    inner: Box<dyn NewFile>,
+    storage: MemoryStorage,
+    room: u64,
+    len: u64,
+}
+
+impl NewFile for FullFile {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), StorageError> {
+        self.len += bytes.len() as u64;
+        match bytes_in(&self.storage) + self.len > self.room {
+            true => Err(StorageError::from_io(
+                "write",
+                "a file",
+                std::io::ErrorKind::StorageFull.into(),
+            )),
+            false => self.inner.write(bytes),
+        }
+    }
+
+    fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        self.inner.publish(name)
+    }
+}
+
+/// The bytes of all files.
+pub(crate) fn bytes_in(storage: &MemoryStorage) -> u64 {
+    storage.list("").unwrap().iter().map(|f| f.len).sum()
 }

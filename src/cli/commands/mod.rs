@@ -2,9 +2,11 @@
 
 mod backup;
 mod diff;
+mod forget;
 mod info;
 mod init;
 mod key;
+mod prune;
 mod restore;
 mod show;
 mod snapshots;
@@ -39,6 +41,8 @@ pub(super) async fn run(
         Command::Show(args) => until(ended, show::run(global, &args)).await,
         Command::Info(args) => until(ended, info::run(&args)).await,
         Command::Diff(args) => until(ended, diff::run(global, &args)).await,
+        Command::Forget(args) => until(ended, forget::run(global, args)).await,
+        Command::Prune(args) => until(ended, prune::run(global, &args)).await,
         Command::Key(args) => until(ended, key::run(global, args)).await,
     }
 }

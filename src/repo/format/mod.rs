@@ -16,6 +16,7 @@ pub(crate) mod config;
 pub(crate) mod cursor;
 pub(crate) mod envelope;
 pub(crate) mod filter;
+pub(crate) mod generation;
 pub(crate) mod key_slot;
 pub(crate) mod node;
 pub(crate) mod pack;
@@ -45,6 +46,12 @@ pub(crate) enum FileKind {
     MetaPack,
     Segment,
     Snapshot,
+    Beat,
+    Condemned,
+    Sweep,
+    Done,
+    Fence,
+    Forgotten,
 }
 
 impl FileKind {
@@ -56,6 +63,12 @@ impl FileKind {
             Self::MetaPack => 4,
             Self::Segment => 5,
             Self::Snapshot => 6,
+            Self::Beat => 7,
+            Self::Condemned => 8,
+            Self::Sweep => 9,
+            Self::Done => 10,
+            Self::Fence => 11,
+            Self::Forgotten => 12,
         }
     }
 }

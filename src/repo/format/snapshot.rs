@@ -22,7 +22,8 @@ pub(crate) fn file_name(id: &SnapshotId) -> String {
 }
 
 impl Snapshot {
-    pub(crate) fn encode(&self, keys: &Keys) -> Result<Vec<u8>, RepoError> {
+    /// Encodes it as a file of its own kind, or as what is left of it once it is forgotten.
+    pub(crate) fn encode(&self, kind: FileKind, keys: &Keys) -> Result<Vec<u8>, RepoError> {
         let mut tlv = TlvWriter::default();
         Features::of(keys.encryption()).put(TAG_FEATURES, &mut tlv)?;
         tlv.put(TAG_ID, self.id.as_bytes())?;
@@ -36,7 +37,7 @@ impl Snapshot {
                 tlv.put(TAG_SEALED, &sealed)?;
             }
         }
-        envelope::wrap(FileKind::Snapshot, &tlv.finish(), Some(keys.mac()))
+        envelope::wrap(kind, &tlv.finish(), Some(keys.mac()))
             .map_err(|e| e.in_file(&file_name(&self.id)))
     }
 
@@ -62,10 +63,11 @@ impl Snapshot {
     /// Reads the fields of a file whose MAC fits.
     pub(crate) fn decode(
         file: &[u8],
+        kind: FileKind,
         keys: &Keys,
         chunk_size: ChunkSize,
     ) -> Result<Self, DecodeError> {
-        let opened = envelope::unwrap(file, FileKind::Snapshot, true)?;
+        let opened = envelope::unwrap(file, kind, true)?;
         opened.check_mac(keys.mac())?;
         let (mut features, mut id, mut repo, mut sealed) = (None, None, None, None);
         for tlv in read_tlvs(opened.payload, PAYLOAD_AT) {
@@ -429,28 +431,32 @@ mod tests {
         let keys = keys(3, encryption);
         let mut snapshot = sample();
         let chunk_size = ChunkSize::default();
-        let file = snapshot.encode(&keys).unwrap();
+        let file = snapshot.encode(FileKind::Snapshot, &keys).unwrap();
         assert_eq!(
-            Snapshot::decode(&file, &keys, chunk_size).unwrap(),
+            Snapshot::decode(&file, FileKind::Snapshot, &keys, chunk_size).unwrap(),
             snapshot
         );
         snapshot.draft.disks[0].root.node = None;
-        let file = snapshot.encode(&keys).unwrap();
+        let file = snapshot.encode(FileKind::Snapshot, &keys).unwrap();
         assert_eq!(
-            Snapshot::decode(&file, &keys, chunk_size).unwrap(),
+            Snapshot::decode(&file, FileKind::Snapshot, &keys, chunk_size).unwrap(),
             snapshot
         );
         let other = super::tests::keys(4, encryption);
-        assert!(Snapshot::decode(&file, &other, chunk_size).is_err());
+        assert!(Snapshot::decode(&file, FileKind::Snapshot, &other, chunk_size).is_err());
         let named = file.windows(3).any(|w| w == b"vda" || w == b"web");
         assert_eq!(named, encryption == Encryption::None);
     }
 
     #[test]
     fn snapshot_in_the_clear_is_refused_where_all_are_sealed() {
-        let file = sample().encode(&keys(3, Encryption::None)).unwrap();
+        let file = sample()
+            .encode(FileKind::Snapshot, &keys(3, Encryption::None))
+            .unwrap();
         let sealed = keys(3, Encryption::Aes256Gcm);
-        assert!(Snapshot::decode(&file, &sealed, ChunkSize::default()).is_err());
+        assert!(
+            Snapshot::decode(&file, FileKind::Snapshot, &sealed, ChunkSize::default()).is_err()
+        );
     }
 
     #[test]
@@ -458,21 +464,21 @@ mod tests {
         let keys = keys(3, Encryption::None);
         let mut snapshot = sample();
         snapshot.draft.disks[0].size_bytes = 1;
-        let file = snapshot.encode(&keys).unwrap();
-        assert!(Snapshot::decode(&file, &keys, ChunkSize::default()).is_err());
+        let file = snapshot.encode(FileKind::Snapshot, &keys).unwrap();
+        assert!(Snapshot::decode(&file, FileKind::Snapshot, &keys, ChunkSize::default()).is_err());
     }
 
     proptest! {
         #[test]
         fn damaged_payload_under_a_good_mac_never_panics(at: prop::sample::Index, to: u8, cut: prop::sample::Index) {
             let keys = keys(3, Encryption::None);
-            let file = sample().encode(&keys).unwrap();
+            let file = sample().encode(FileKind::Snapshot, &keys).unwrap();
             let mut payload = file[PAYLOAD_AT as usize..file.len() - 64].to_vec();
             let i = at.index(payload.len());
             payload[i] = to;
             payload.truncate(cut.index(payload.len()) + 1);
             let file = envelope::wrap(FileKind::Snapshot, &payload, Some(keys.mac())).unwrap();
-            let _ = Snapshot::decode(&file, &keys, ChunkSize::default());
+            let _ = Snapshot::decode(&file, FileKind::Snapshot, &keys, ChunkSize::default());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Merging sorted segments into one of the next level.
+//! Going through sorted segments together, and merging them into one.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -13,47 +13,32 @@ use super::segment::Segment;
 use super::write::SegmentWriter;
 
 /// Writes a segment that holds what `inputs` hold and supersedes them and what they superseded, as far as that
-/// is `still_there`. Holds one page of each input.
+/// is `still_there`. Holds one page of each input. Entries of packs that `keep` refuses are left out.
 pub(super) fn merge(
     storage: &dyn Storage,
     inputs: &[Arc<Segment>],
     level: u8,
     still_there: &HashSet<(u8, SegmentId)>,
+    keep: &dyn Fn(&(PackKind, PackId)) -> bool,
 ) -> Result<(u8, SegmentId), RepoError> {
-    // In the order of their names, so that all who merge the same write the same.
-    let mut inputs: Vec<&Segment> = inputs.iter().map(|s| &**s).collect();
-    inputs.sort_unstable_by_key(|s| s.name());
+    let mut merged = Merged::open(storage, inputs)?;
+    // Only packs of which something is kept are named.
+    let mut numbers: Vec<Option<u32>> = vec![None; merged.packs().len()];
     let mut packs = Vec::new();
-    let mut numbers: HashMap<(PackKind, PackId), u32> = HashMap::new();
-    let mut streams = Vec::with_capacity(inputs.len());
-    for segment in &inputs {
-        let mapped = segment
-            .packs()
-            .iter()
-            .map(|pack| {
-                *numbers.entry(*pack).or_insert_with(|| {
-                    packs.push(*pack);
-                    (packs.len() - 1) as u32
-                })
-            })
-            .collect();
-        streams.push(Stream::open(storage, segment, mapped)?);
-    }
     let mut writer = SegmentWriter::create(storage, level)?;
-    let mut last = None;
-    while let Some(stream) = streams
-        .iter_mut()
-        .filter(|s| s.next.is_some())
-        .min_by_key(|s| s.next)
-    {
-        let entry = stream.take(storage)?;
-        // The same record of two segments; another place of the same identifier is kept.
-        if entry.is_some() && entry != last {
-            if let Some(entry) = entry {
-                writer.push(entry)?;
+    while let Some(entry) = merged.next()? {
+        let from = entry.pack as usize;
+        let pack = match numbers[from] {
+            Some(pack) => pack,
+            None if !keep(&merged.packs()[from]) => continue,
+            None => {
+                packs.push(merged.packs()[from]);
+                let pack = (packs.len() - 1) as u32;
+                numbers[from] = Some(pack);
+                pack
             }
-            last = entry;
-        }
+        };
+        writer.push(SegmentEntry { pack, ..entry })?;
     }
     let mut supersedes: Vec<(u8, SegmentId)> = inputs
         .iter()
@@ -65,19 +50,85 @@ pub(super) fn merge(
     writer.finish(packs, supersedes)
 }
 
+/// The entries of several segments in order, with the numbers of one table of packs for all.
+pub(crate) struct Merged<'a> {
+    storage: &'a dyn Storage,
+    streams: Vec<Stream>,
+    packs: Vec<(PackKind, PackId)>,
+    last: Option<SegmentEntry>,
+}
+
+impl<'a> Merged<'a> {
+    pub(super) fn open(
+        storage: &'a dyn Storage,
+        inputs: &[Arc<Segment>],
+    ) -> Result<Self, RepoError> {
+        // In the order of their names, so that all who merge the same write the same.
+        let mut inputs = inputs.to_vec();
+        inputs.sort_unstable_by_key(|s| s.name());
+        let mut packs = Vec::new();
+        let mut numbers: HashMap<(PackKind, PackId), u32> = HashMap::new();
+        let mut streams = Vec::with_capacity(inputs.len());
+        for segment in inputs {
+            let mapped = segment
+                .packs()
+                .iter()
+                .map(|pack| {
+                    *numbers.entry(*pack).or_insert_with(|| {
+                        packs.push(*pack);
+                        (packs.len() - 1) as u32
+                    })
+                })
+                .collect();
+            streams.push(Stream::open(storage, segment, mapped)?);
+        }
+        Ok(Self {
+            storage,
+            streams,
+            packs,
+            last: None,
+        })
+    }
+
+    /// The packs that entries name by their numbers.
+    pub(crate) fn packs(&self) -> &[(PackKind, PackId)] {
+        &self.packs
+    }
+
+    /// Returns the next entry; the same record of two segments comes once.
+    pub(crate) fn next(&mut self) -> Result<Option<SegmentEntry>, RepoError> {
+        loop {
+            let least = self
+                .streams
+                .iter_mut()
+                .filter(|s| s.next.is_some())
+                .min_by_key(|s| s.next);
+            let Some(stream) = least else {
+                return Ok(None);
+            };
+            let entry = stream.take(self.storage)?;
+            // Another place of the same identifier is kept.
+            if entry != self.last {
+                self.last = entry;
+                return Ok(entry);
+            }
+        }
+    }
+}
+
 /// The entries of one input, with the numbers of packs that the output has.
-struct Stream<'a> {
-    segment: &'a Segment,
+struct Stream {
+    segment: Arc<Segment>,
     packs: Vec<u32>,
     page: u64,
     entries: std::vec::IntoIter<SegmentEntry>,
     next: Option<SegmentEntry>,
 }
 
-impl<'a> Stream<'a> {
+impl Stream {
     fn open(
         storage: &dyn Storage,
-        segment: &'a Segment,
+        segment: Arc<Segment>,
         packs: Vec<u32>,
     ) -> Result<Self, RepoError> {
         let mut stream = Self {

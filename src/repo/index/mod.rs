@@ -6,7 +6,7 @@ mod merge;
 mod segment;
 mod write;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::cache::Cache;
@@ -15,7 +15,8 @@ use super::error::RepoError;
 use super::format::pack::PackKind;
 use super::format::segment::{self as format, SegmentEntry};
 use super::ids::{PackId, SegmentId};
-use super::storage::Storage;
+use super::storage::{Storage, StorageError};
+pub(crate) use merge::Merged;
 use segment::{Pages, Segment};
 
 /// The index of an opened repository, shared by all of its sessions and readers.
@@ -46,18 +47,26 @@ impl Index {
     /// Looks for segments that were published since the last look; the first look is the first use.
     pub(crate) fn refresh(&self) -> Result<(), RepoError> {
         let mut loading = lock(&self.loading);
-        let mut names: Vec<(u8, SegmentId)> = self
-            .storage
-            .list("idx/")?
-            .iter()
-            .filter_map(|file| format::parse_file_name(&file.name))
-            .collect();
+        // A segment may be merged and removed between being listed and being opened: then the merged one is there.
+        for _ in 0..LISTINGS {
+            if self.load(&mut loading)? {
+                break;
+            }
+        }
+        loading.loaded = true;
+        Ok(())
+    }
+
+    /// Lists and opens the segments; false when one was gone before it could be opened.
+    fn load(&self, loading: &mut Loading) -> Result<bool, RepoError> {
+        let mut names: Vec<(u8, SegmentId)> = self.listed()?.into_iter().collect();
         // The highest level first: what a segment supersedes needs not be opened.
         names.sort_unstable_by(|a, b| b.cmp(a));
         let known = self.live();
         let mut live: Vec<Arc<Segment>> = Vec::new();
         let mut superseded: HashSet<(u8, SegmentId)> = HashSet::new();
         let mut filter_bytes = 0;
+        let mut whole = true;
         loading.damaged.clear();
         for name in names {
             if superseded.contains(&name) {
@@ -68,8 +77,10 @@ impl Index {
                 Some(segment) => Arc::clone(segment),
                 None => match Segment::open(&*self.storage, name, FILTER_BYTES - filter_bytes) {
                     Ok(segment) => Arc::new(segment),
-                    // Merged and pruned since it was listed; what took its place is seen by the next refresh.
-                    Err(RepoError::Missing { .. }) => continue,
+                    Err(RepoError::Missing { .. }) => {
+                        whole = false;
+                        continue;
+                    }
                     Err(error @ (RepoError::Corrupt { .. } | RepoError::Unsupported { .. })) => {
                         tracing::error!(%error, "an index segment is unreadable; chunks may be stored again");
                         let file = format::file_name(name.0, &name.1);
@@ -83,30 +94,39 @@ impl Index {
             filter_bytes = FILTER_BYTES.min(filter_bytes + segment.filter_bytes());
             live.push(segment);
         }
+        // One of the same level may have been opened before what supersedes it.
+        live.retain(|s| !superseded.contains(&s.name()));
         // Recent segments answer first.
         live.reverse();
         self.set_live(live);
-        loading.loaded = true;
-        Ok(())
+        Ok(whole)
     }
 
     /// Returns a place that holds the record `id`, when the index knows one; a damaged page knows none.
     pub(crate) fn find(&self, id: &[u8; 32]) -> Result<Option<(PackKind, Place)>, RepoError> {
         let mut found = Vec::new();
-        for segment in self.live().iter() {
-            if !segment.may_hold(id) {
-                continue;
-            }
-            match segment.find(&*self.storage, &self.pages, id, &mut found) {
-                Ok(()) => {}
-                Err(error @ (RepoError::Corrupt { .. } | RepoError::Missing { .. })) => {
-                    tracing::error!(%error, "an index page is unreadable; chunks may be stored again");
+        'listing: for _ in 0..LISTINGS {
+            for segment in self.live().iter() {
+                if !segment.may_hold(id) {
+                    continue;
                 }
-                Err(other) => return Err(other),
+                match segment.find(&*self.storage, &self.pages, id, &mut found) {
+                    Ok(()) => {}
+                    // Merged and removed.
+                    Err(RepoError::Missing { .. }) => {
+                        self.refresh()?;
+                        continue 'listing;
+                    }
+                    Err(error @ RepoError::Corrupt { .. }) => {
+                        tracing::error!(%error, "an index page is unreadable; chunks may be stored again");
+                    }
+                    Err(other) => return Err(other),
+                }
+                if let Some(first) = found.first() {
+                    return Ok(Some(*first));
+                }
             }
-            if let Some(first) = found.first() {
-                return Ok(Some(*first));
-            }
+            break;
         }
         Ok(None)
     }
@@ -117,10 +137,19 @@ impl Index {
             self.refresh()?;
         }
         let mut found = Vec::new();
-        for segment in self.live().iter() {
-            if let Err(error) = segment.find(&*self.storage, &self.pages, id, &mut found) {
-                tracing::error!(%error, "an index page is unreadable");
+        'listing: for _ in 0..LISTINGS {
+            found.clear();
+            for segment in self.live().iter() {
+                match segment.find(&*self.storage, &self.pages, id, &mut found) {
+                    Ok(()) => {}
+                    Err(RepoError::Missing { .. }) => {
+                        self.refresh()?;
+                        continue 'listing;
+                    }
+                    Err(error) => tracing::error!(%error, "an index page is unreadable"),
+                }
             }
+            break;
         }
         found.dedup();
         Ok(found)
@@ -134,9 +163,7 @@ impl Index {
     ) -> Result<(), RepoError> {
         entries.sort_unstable();
         let name = write::write_sorted(&*self.storage, 0, &entries, packs)?;
-        let segment = Segment::open(&*self.storage, name, self.filter_room())?;
-        self.replace(&[], Arc::new(segment));
-        Ok(())
+        self.use_new(name, &[])
     }
 
     /// Merges segments where eight or more stand at one level, as long as no merge has more than `most` entries.
@@ -156,18 +183,58 @@ impl Index {
             if inputs.len() < MERGE_AT || entries > most {
                 continue;
             }
-            let listed = self.storage.list("idx/")?;
-            let still_there = listed
-                .iter()
-                .filter_map(|f| format::parse_file_name(&f.name))
-                .collect();
-            let name = merge::merge(&*self.storage, &inputs, level + 1, &still_there)?;
-            self.storage.barrier()?;
-            let merged = Segment::open(&*self.storage, name, self.filter_room())?;
-            self.replace(&inputs, Arc::new(merged));
-            merges += 1;
+            match self.merge_all(&inputs, level + 1, &|_| true) {
+                Ok(()) => merges += 1,
+                // Another process merged and removed them.
+                Err(RepoError::Missing { .. }) => self.refresh()?,
+                Err(other) => return Err(other),
+            }
         }
         Ok(merges)
+    }
+
+    /// Rewrites the index into one segment without the entries of packs that are not there, when these are many.
+    ///
+    /// `list` is called once it is settled which segments are read: a pack is there before a segment names it.
+    pub(crate) fn compact<V>(
+        &self,
+        list: impl FnOnce() -> Result<HashMap<(PackKind, PackId), V>, RepoError>,
+    ) -> Result<(), RepoError> {
+        self.refresh()?;
+        let inputs = self.live().to_vec();
+        let there = list()?;
+        let named: HashSet<_> = inputs.iter().flat_map(|s| s.packs()).collect();
+        let gone = named.iter().filter(|name| !there.contains_key(**name));
+        let level = inputs.iter().map(|s| s.name().0).max();
+        match level {
+            Some(level) if gone.count() * 5 > named.len() => {
+                self.merge_all(&inputs, level.max(1), &|name| there.contains_key(name))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the segments that others have taken the place of; returns how many.
+    pub(crate) fn remove_superseded(&self) -> Result<u64, RepoError> {
+        self.refresh()?;
+        // What takes their place must outlast a power failure that they would have.
+        self.storage.barrier()?;
+        let live = self.live();
+        let superseded: HashSet<_> = live.iter().flat_map(|s| s.supersedes()).copied().collect();
+        let mut removed = 0;
+        for name in self.listed()?.intersection(&superseded) {
+            match self.storage.remove(&format::file_name(name.0, &name.1)) {
+                Ok(()) => removed += 1,
+                Err(StorageError::Missing { .. }) => {}
+                Err(other) => return Err(other.into()),
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Goes through all entries in order.
+    pub(crate) fn entries(&self) -> Result<Merged<'_>, RepoError> {
+        Merged::open(&*self.storage, &self.live())
     }
 
     /// Returns the packs that segments name.
@@ -184,6 +251,38 @@ impl Index {
     /// The number of segments that are asked.
     pub(crate) fn live_count(&self) -> usize {
         self.live().len()
+    }
+
+    fn merge_all(
+        &self,
+        inputs: &[Arc<Segment>],
+        level: u8,
+        keep: &dyn Fn(&(PackKind, PackId)) -> bool,
+    ) -> Result<(), RepoError> {
+        let name = merge::merge(&*self.storage, inputs, level, &self.listed()?, keep)?;
+        self.storage.barrier()?;
+        self.use_new(name, inputs)
+    }
+
+    /// Uses a segment that was written, in the place of those that it was made of.
+    fn use_new(&self, name: (u8, SegmentId), gone: &[Arc<Segment>]) -> Result<(), RepoError> {
+        match Segment::open(&*self.storage, name, self.filter_room()) {
+            Ok(segment) => {
+                self.replace(gone, Arc::new(segment));
+                Ok(())
+            }
+            // A prune has merged and removed it already.
+            Err(RepoError::Missing { .. }) => self.refresh(),
+            Err(other) => Err(other),
+        }
+    }
+
+    fn listed(&self) -> Result<HashSet<(u8, SegmentId)>, RepoError> {
+        let files = self.storage.list("idx/")?;
+        let names = files
+            .iter()
+            .filter_map(|f| format::parse_file_name(&f.name));
+        Ok(names.collect())
     }
 
     fn live(&self) -> Arc<Vec<Arc<Segment>>> {
@@ -222,6 +321,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The most bytes of filters in memory; a segment past that is asked by its pages alone.
 const FILTER_BYTES: u64 = 24 << 20;
+
+/// How often the index is listed again when a segment that was listed is gone.
+const LISTINGS: usize = 8;
 
 /// How many decoded pages are kept.
 const CACHED_PAGES: usize = 256;

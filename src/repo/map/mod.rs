@@ -11,3 +11,4 @@ pub use reader::{MapReader, Run, Runs};
 pub use writer::MapWriter;
 
 pub(crate) use nodes::Nodes;
+pub(crate) use walker::node_ref;

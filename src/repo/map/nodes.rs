@@ -67,21 +67,27 @@ impl Nodes {
         level: u8,
         first: RepoError,
     ) -> Result<Node, RepoError> {
-        let mut tried = 1;
-        for (kind, place) in self.index.find_all(node.id.as_bytes())? {
-            if kind != PackKind::Meta || place == node.place {
-                continue;
+        let mut tried = vec![node.place];
+        for look_again in [false, true] {
+            // A prune may have moved it since the index was read.
+            if look_again {
+                self.index.refresh()?;
             }
-            tried += 1;
-            if let Ok(loaded) = self.load_from(node.id, &place, level) {
-                return Ok(loaded);
+            for (kind, place) in self.index.find_all(node.id.as_bytes())? {
+                if kind != PackKind::Meta || tried.contains(&place) {
+                    continue;
+                }
+                tried.push(place);
+                if let Ok(loaded) = self.load_from(node.id, &place, level) {
+                    return Ok(loaded);
+                }
             }
         }
         Err(match first {
             RepoError::Missing { .. } => RepoError::Lost {
                 what: "map node",
                 id: node.id.to_string(),
-                tried,
+                tried: tried.len(),
                 last: Some(Box::new(first)),
             },
             other => other,

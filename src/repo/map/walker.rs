@@ -98,7 +98,7 @@ impl Walker {
 }
 
 /// Takes a child of a node above the leaves for what it is.
-pub(super) fn node_ref(child: &Child) -> NodeRef {
+pub(crate) fn node_ref(child: &Child) -> NodeRef {
     NodeRef {
         id: NodeId::from_bytes(child.id),
         place: child.place,

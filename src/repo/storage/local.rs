@@ -11,7 +11,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use super::super::ids::to_hex;
-use super::{FileInfo, NewFile, Storage, StorageError};
+use super::{FileInfo, Hold, NewFile, Storage, StorageError};
 
 /// Files in a directory of a local file system.
 ///
@@ -72,10 +72,9 @@ impl LocalStorage {
         lock(&self.open).add(name, &file);
         Ok(file)
     }
-}
 
-impl Storage for LocalStorage {
-    fn create(&self) -> Result<Box<dyn NewFile>, StorageError> {
+    /// Makes a file in `tmp/` that is locked by this process.
+    fn locked_file(&self) -> Result<LocalFile, StorageError> {
         let folder = self.root.join(TMP);
         loop {
             let mut random = [0; 16];
@@ -112,13 +111,19 @@ impl Storage for LocalStorage {
             if links.map_err(|e| StorageError::from_io("look at", &shown, e))? == 0 {
                 continue;
             }
-            return Ok(Box::new(LocalFile {
+            return Ok(LocalFile {
                 file,
                 path,
                 folders: Arc::clone(&self.folders),
                 published: false,
-            }));
+            });
         }
+    }
+}
+
+impl Storage for LocalStorage {
+    fn create(&self) -> Result<Box<dyn NewFile>, StorageError> {
+        Ok(Box::new(self.locked_file()?))
     }
 
     fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, StorageError> {
@@ -194,13 +199,45 @@ impl Storage for LocalStorage {
 
     fn remove(&self, name: &str) -> Result<(), StorageError> {
         lock(&self.open).forget(name);
-        fs::remove_file(self.path(name)).map_err(|e| StorageError::from_io("remove", name, e))?;
-        self.folders.changed(name);
-        Ok(())
+        let removed = fs::remove_file(self.path(name));
+        // Also when it was gone: whoever removed it may not have made that durable, and the caller may rely on it.
+        if self
+            .path(name)
+            .parent()
+            .is_some_and(|folder| folder.is_dir())
+        {
+            self.folders.changed(name);
+        }
+        removed.map_err(|e| StorageError::from_io("remove", name, e))
     }
 
     fn barrier(&self) -> Result<(), StorageError> {
         self.folders.sync()
+    }
+
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
+        // It gets its name while it is locked, so that nobody sees it free.
+        let mut file = self.locked_file()?;
+        let path = self.root.join(TMP).join(name);
+        rename_new(&file.path, &path).map_err(|e| StorageError::from_io("hold", name, e))?;
+        file.path = path;
+        Ok(Box::new(file))
+    }
+
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
+        let file = match open_to_lock(&self.root.join(TMP).join(name)) {
+            Ok(file) => file,
+            // Let go, or its holder is dead and its file was swept.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Some(false)),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
+            Err(e) => return Err(StorageError::from_io("open", name, e)),
+        };
+        match file.try_lock() {
+            Ok(()) => Ok(Some(false)),
+            Err(TryLockError::WouldBlock) => Ok(Some(true)),
+            Err(TryLockError::Error(e)) if e.kind() == io::ErrorKind::Unsupported => Ok(None),
+            Err(TryLockError::Error(e)) => Err(StorageError::from_io("lock", name, e)),
+        }
     }
 
     fn sweep(&self) -> Result<u64, StorageError> {
@@ -215,7 +252,7 @@ impl Storage for LocalStorage {
                 .map_err(|e| StorageError::from_io("list", TMP, e))?
                 .path();
             let shown = path.display().to_string();
-            let file = match File::open(&path) {
+            let file = match open_to_lock(&path) {
                 Ok(file) => file,
                 // Gone by now, or another user's, who sweeps it.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
@@ -245,6 +282,7 @@ impl Storage for LocalStorage {
 }
 
 /// A locked file in `tmp/`.
+#[derive(Debug)]
 struct LocalFile {
     file: File,
     path: PathBuf,
@@ -279,6 +317,8 @@ impl NewFile for LocalFile {
         Ok(())
     }
 }
+
+impl Hold for LocalFile {}
 
 impl Drop for LocalFile {
     fn drop(&mut self) {
@@ -377,6 +417,11 @@ impl OpenFiles {
     }
 }
 
+/// Opens a file for a lock; where locks are those of a network file system, that takes the right to write.
+fn open_to_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path)
+}
+
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         Ok(()) => Ok(()),
@@ -448,6 +493,24 @@ mod tests {
         assert_eq!(storage.sweep().unwrap(), 1);
         live.publish("x").unwrap();
         assert_eq!(storage.read("x", 10).unwrap(), b"alive");
+    }
+
+    #[test]
+    fn held_name_is_seen_until_it_is_let_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = LocalStorage::open(dir.path()).unwrap();
+        let other = LocalStorage::open(dir.path()).unwrap();
+        assert_eq!(other.is_held("x").unwrap(), Some(false));
+        let hold = storage.hold("x").unwrap();
+        assert_eq!(other.is_held("x").unwrap(), Some(true));
+        assert_eq!(other.sweep().unwrap(), 0);
+        assert!(other.hold("x").is_err());
+        drop(hold);
+        assert_eq!(other.is_held("x").unwrap(), Some(false));
+        // What a killed process leaves is free, and swept.
+        fs::write(dir.path().join(TMP).join("x"), b"").unwrap();
+        assert_eq!(other.is_held("x").unwrap(), Some(false));
+        assert_eq!(other.sweep().unwrap(), 1);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{FileInfo, NewFile, Storage, StorageError};
+use super::{FileInfo, Hold, NewFile, Storage, StorageError};
 
 /// Files in memory; clones share them.
 #[derive(Clone, Debug, Default)]
@@ -15,6 +15,9 @@ pub struct MemoryStorage {
 struct State {
     files: BTreeMap<String, Arc<Vec<u8>>>,
     not_durable: BTreeSet<String>,
+    /// What was removed and would be there again.
+    not_gone: BTreeMap<String, Arc<Vec<u8>>>,
+    held: BTreeSet<String>,
 }
 
 impl MemoryStorage {
@@ -23,20 +26,27 @@ impl MemoryStorage {
         Self::default()
     }
 
-    /// Returns a copy that shares nothing, as it is after a power failure: of the names that no barrier made
-    /// durable only those that `survives` picks are there.
+    /// Returns a copy that shares nothing, as it is after a power failure: of what was published or removed since the
+    /// last barrier, only that happened to which name `survives` agrees.
     pub fn after_power_failure(&self, mut survives: impl FnMut(&str) -> bool) -> Self {
         let state = self.lock();
-        let files = state
-            .files
-            .iter()
-            .filter(|(name, _)| !state.not_durable.contains(*name) || survives(name))
-            .map(|(name, bytes)| (name.clone(), Arc::clone(bytes)))
-            .collect();
+        let mut files = state.files.clone();
+        for name in state.not_durable.iter().chain(state.not_gone.keys()) {
+            if survives(name) {
+                continue;
+            }
+            match state.not_gone.get(name) {
+                Some(old) => files.insert(name.clone(), Arc::clone(old)),
+                None => files.remove(name),
+            };
+        }
         Self {
             state: Arc::new(Mutex::new(State {
                 files,
                 not_durable: BTreeSet::new(),
+                not_gone: BTreeMap::new(),
+                // Whoever held a name is dead.
+                held: BTreeSet::new(),
             })),
         }
     }
@@ -115,9 +125,14 @@ impl Storage for MemoryStorage {
 
     fn remove(&self, name: &str) -> Result<(), StorageError> {
         let mut state = self.lock();
-        state.not_durable.remove(name);
+        let was_durable = !state.not_durable.remove(name);
         match state.files.remove(name) {
-            Some(_) => Ok(()),
+            Some(bytes) => {
+                if was_durable {
+                    state.not_gone.entry(name.to_owned()).or_insert(bytes);
+                }
+                Ok(())
+            }
             None => Err(StorageError::Missing {
                 name: name.to_owned(),
             }),
@@ -125,8 +140,26 @@ impl Storage for MemoryStorage {
     }
 
     fn barrier(&self) -> Result<(), StorageError> {
-        self.lock().not_durable.clear();
+        let mut state = self.lock();
+        state.not_durable.clear();
+        state.not_gone.clear();
         Ok(())
+    }
+
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
+        match self.lock().held.insert(name.to_owned()) {
+            true => Ok(Box::new(MemoryHold {
+                name: name.to_owned(),
+                storage: self.clone(),
+            })),
+            false => Err(StorageError::Exists {
+                name: name.to_owned(),
+            }),
+        }
+    }
+
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
+        Ok(Some(self.lock().held.contains(name)))
     }
 
     fn sweep(&self) -> Result<u64, StorageError> {
@@ -135,6 +168,20 @@ impl Storage for MemoryStorage {
 
     fn place(&self) -> String {
         "memory".to_owned()
+    }
+}
+
+#[derive(Debug)]
+struct MemoryHold {
+    name: String,
+    storage: MemoryStorage,
+}
+
+impl Hold for MemoryHold {}
+
+impl Drop for MemoryHold {
+    fn drop(&mut self) {
+        self.storage.lock().held.remove(&self.name);
     }
 }
 

@@ -40,6 +40,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// A failure lasts: what the system could not write once is never taken as written later.
     fn barrier(&self) -> Result<(), StorageError>;
 
+    /// Takes a name that shows others that this process lives, until what is returned is dropped or the process dies.
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError>;
+
+    /// Whether somebody holds a name; `None` when this storage cannot tell.
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError>;
+
     /// Removes the unpublished files of writers that are gone and returns how many there were.
     fn sweep(&self) -> Result<u64, StorageError>;
 
@@ -57,6 +63,9 @@ pub trait NewFile: Send {
     /// The name itself is durable after the next [`Storage::barrier`].
     fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError>;
 }
+
+/// A name that is held; dropping it lets go.
+pub trait Hold: Send + Sync + fmt::Debug {}
 
 /// A published file, as [`Storage::list`] sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]

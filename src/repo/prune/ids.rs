@@ -1,0 +1,183 @@
+//! A sorted set of identifiers that may be larger than memory: runs are sorted, spilled to a file, and merged.
+
+use std::fs::File;
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+
+use crate::repo::error::RepoError;
+use crate::repo::format::segment::Prefix;
+
+/// Takes identifiers in any order.
+#[derive(Debug)]
+pub(super) struct IdSorter {
+    run: Vec<Prefix>,
+    /// How many are held in memory.
+    most: usize,
+    runs: Vec<File>,
+}
+
+impl IdSorter {
+    pub(super) fn new(most: usize) -> Self {
+        Self {
+            run: Vec::new(),
+            most: most.max(1),
+            runs: Vec::new(),
+        }
+    }
+
+    pub(super) fn push(&mut self, id: Prefix) -> Result<(), RepoError> {
+        self.run.push(id);
+        match self.run.len() >= self.most {
+            true => self.shrink(),
+            false => Ok(()),
+        }
+    }
+
+    pub(super) fn finish(mut self) -> SortedIds {
+        self.sort();
+        SortedIds {
+            run: self.run,
+            runs: self.runs,
+        }
+    }
+
+    fn sort(&mut self) {
+        self.run.sort_unstable();
+        self.run.dedup();
+    }
+
+    /// Drops what is there twice, and writes a run when that does not help.
+    fn shrink(&mut self) -> Result<(), RepoError> {
+        self.sort();
+        if self.run.len() <= self.most / 2 {
+            return Ok(());
+        }
+        let file = spill(&self.run).map_err(failed)?;
+        self.runs.push(file);
+        self.run.clear();
+        Ok(())
+    }
+}
+
+/// Identifiers in order, each once; can be gone through again and again.
+#[derive(Debug)]
+pub(super) struct SortedIds {
+    run: Vec<Prefix>,
+    runs: Vec<File>,
+}
+
+impl SortedIds {
+    /// Goes through all from the start.
+    pub(super) fn iter(&mut self) -> Result<Ids<'_>, RepoError> {
+        let mut heads = Vec::with_capacity(self.runs.len() + 1);
+        for file in &mut self.runs {
+            file.seek(SeekFrom::Start(0)).map_err(failed)?;
+            heads.push(Run::file(file)?);
+        }
+        heads.push(Run::memory(&self.run));
+        Ok(Ids { runs: heads })
+    }
+}
+
+/// Goes through identifiers in order.
+pub(super) struct Ids<'a> {
+    runs: Vec<Run<'a>>,
+}
+
+impl Ids<'_> {
+    pub(super) fn next(&mut self) -> Result<Option<Prefix>, RepoError> {
+        let Some(next) = self.runs.iter().filter_map(|r| r.head).min() else {
+            return Ok(None);
+        };
+        for run in &mut self.runs {
+            if run.head == Some(next) {
+                run.advance()?;
+            }
+        }
+        Ok(Some(next))
+    }
+}
+
+/// A sorted run, with the first of what is left.
+struct Run<'a> {
+    head: Option<Prefix>,
+    rest: Rest<'a>,
+}
+
+enum Rest<'a> {
+    Memory(std::slice::Iter<'a, Prefix>),
+    File(BufReader<&'a mut File>),
+}
+
+impl<'a> Run<'a> {
+    fn memory(run: &'a [Prefix]) -> Self {
+        let mut rest = run.iter();
+        Self {
+            head: rest.next().copied(),
+            rest: Rest::Memory(rest),
+        }
+    }
+
+    fn file(file: &'a mut File) -> Result<Self, RepoError> {
+        let mut run = Self {
+            head: None,
+            rest: Rest::File(BufReader::with_capacity(BUFFER, file)),
+        };
+        run.advance()?;
+        Ok(run)
+    }
+
+    fn advance(&mut self) -> Result<(), RepoError> {
+        self.head = match &mut self.rest {
+            Rest::Memory(rest) => rest.next().copied(),
+            Rest::File(file) => {
+                let mut bytes = [0; 16];
+                match file.read_exact(&mut bytes) {
+                    Ok(()) => Some(Prefix::from_le_bytes(bytes)),
+                    Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => None,
+                    Err(e) => return Err(failed(e)),
+                }
+            }
+        };
+        Ok(())
+    }
+}
+
+fn spill(run: &[Prefix]) -> io::Result<File> {
+    let mut file = BufWriter::with_capacity(BUFFER, tempfile::tempfile()?);
+    for id in run {
+        file.write_all(&id.to_le_bytes())?;
+    }
+    file.into_inner().map_err(io::IntoInnerError::into_error)
+}
+
+fn failed(error: io::Error) -> RepoError {
+    RepoError::io("use a temporary file for sorting", error)
+}
+
+const BUFFER: usize = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn each_id_comes_once_and_in_order(ids: Vec<u8>, most in 1..20_usize) {
+            let mut sorter = IdSorter::new(most);
+            for id in &ids {
+                sorter.push(Prefix::from(*id) << 99).unwrap();
+            }
+            let mut sorted = sorter.finish();
+            let want: std::collections::BTreeSet<u8> = ids.into_iter().collect();
+            for _ in 0..2 {
+                let mut iter = sorted.iter().unwrap();
+                let mut got = Vec::new();
+                while let Some(id) = iter.next().unwrap() {
+                    got.push((id >> 99) as u8);
+                }
+                prop_assert!(got.iter().eq(want.iter()), "{got:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Finding what snapshots need: all identifiers of their maps, and the packs that hold them.
+
+use std::collections::{HashMap, HashSet};
+
+use super::ids::{IdSorter, SortedIds};
+use crate::repo::chunk::Place;
+use crate::repo::error::RepoError;
+use crate::repo::format::generation::PackName;
+use crate::repo::format::segment::{Prefix, SegmentEntry, prefix_of};
+use crate::repo::ids::NodeId;
+use crate::repo::index::Merged;
+use crate::repo::map::node_ref;
+use crate::repo::repository::Repository;
+use crate::repo::snapshot::{NodeRef, Snapshot};
+
+/// Collects the identifiers of all nodes and chunks of snapshots.
+pub(super) fn needed_by<'a>(
+    repo: &Repository,
+    snapshots: impl IntoIterator<Item = &'a Snapshot>,
+) -> Result<SortedIds, RepoError> {
+    let mut walk = Walk {
+        repo,
+        seen: HashSet::new(),
+        ids: IdSorter::new(IDS_IN_MEMORY),
+    };
+    for snapshot in snapshots {
+        for disk in &snapshot.draft.disks {
+            if let Some(root) = &disk.root.node {
+                walk.node(root, disk.root.level)?;
+            }
+        }
+    }
+    Ok(walk.ids.finish())
+}
+
+struct Walk<'a> {
+    repo: &'a Repository,
+    /// Nodes that were gone through: snapshots share most of theirs.
+    seen: HashSet<NodeId>,
+    ids: IdSorter,
+}
+
+impl Walk<'_> {
+    fn node(&mut self, node: &NodeRef, level: u8) -> Result<(), RepoError> {
+        // Forgetting costs going through some again, and keeps memory bounded.
+        if self.seen.len() >= SEEN_NODES {
+            self.seen.clear();
+        }
+        if !self.seen.insert(node.id) {
+            return Ok(());
+        }
+        self.ids.push(prefix_of(node.id.as_bytes()))?;
+        let loaded = self.repo.nodes().load(node, level)?;
+        for child in loaded.children() {
+            match level.checked_sub(1) {
+                None => self.ids.push(prefix_of(&child.id))?,
+                Some(below) => self.node(&node_ref(child), below)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A place and the pack that it is in.
+pub(super) type Copied = (PackName, Place);
+
+/// Goes through identifiers and index together, and calls `each` with the places of each identifier that are in
+/// packs that `usable` accepts. Returns how many have none, with one of them.
+pub(super) fn join(
+    repo: &Repository,
+    needed: &mut SortedIds,
+    usable: &dyn Fn(&PackName, &Place) -> bool,
+    each: &mut dyn FnMut(&[Copied]),
+) -> Result<Missing, RepoError> {
+    let mut index = Entries::open(repo)?;
+    let mut needed = needed.iter()?;
+    let mut missing = Missing::default();
+    let mut places = Vec::new();
+    while let Some(id) = needed.next()? {
+        places.clear();
+        index.places_of(id, &mut |name, place| {
+            if usable(&name, &place) {
+                places.push((name, place));
+            }
+        })?;
+        if places.is_empty() {
+            missing.count += 1;
+            missing.example.get_or_insert(id);
+        } else {
+            each(&places);
+        }
+    }
+    Ok(missing)
+}
+
+/// Identifiers that are in no pack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Missing {
+    count: u64,
+    example: Option<Prefix>,
+}
+
+impl Missing {
+    /// Fails when there are any.
+    pub(super) fn check(&self) -> Result<(), RepoError> {
+        match self.example {
+            None => Ok(()),
+            Some(example) => Err(RepoError::RecordsMissing {
+                records: self.count,
+                example: format!("{example:032x}"),
+            }),
+        }
+    }
+}
+
+/// The index, gone through in order.
+struct Entries<'a> {
+    merged: Merged<'a>,
+    next: Option<SegmentEntry>,
+}
+
+impl<'a> Entries<'a> {
+    fn open(repo: &'a Repository) -> Result<Self, RepoError> {
+        let mut merged = repo.index().entries()?;
+        let next = merged.next()?;
+        Ok(Self { merged, next })
+    }
+
+    fn places_of(
+        &mut self,
+        id: Prefix,
+        each: &mut dyn FnMut(PackName, Place),
+    ) -> Result<(), RepoError> {
+        while let Some(entry) = self.next {
+            if entry.prefix > id {
+                return Ok(());
+            }
+            if entry.prefix == id {
+                let name = self.merged.packs()[entry.pack as usize];
+                let place = Place {
+                    pack: name.1,
+                    offset: entry.offset,
+                    len: entry.len,
+                    flags: entry.flags(),
+                };
+                each(name, place);
+            }
+            self.next = self.merged.next()?;
+        }
+        Ok(())
+    }
+}
+
+/// What packs hold of what is needed.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Holdings {
+    /// Bytes and records by pack, each record counted for one pack only.
+    pub(super) kept: HashMap<PackName, Kept>,
+}
+
+/// What one pack must keep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Kept {
+    pub(super) bytes: u64,
+    pub(super) records: u64,
+}
+
+/// Picks for each identifier the pack that keeps it: of several the one of which most is needed.
+pub(super) struct Keepers {
+    /// The needed bytes of each pack, records that stand elsewhere too included.
+    needed_bytes: HashMap<PackName, u64>,
+}
+
+impl Keepers {
+    pub(super) fn count(
+        repo: &Repository,
+        needed: &mut SortedIds,
+        usable: &dyn Fn(&PackName, &Place) -> bool,
+    ) -> Result<Self, RepoError> {
+        let mut needed_bytes: HashMap<PackName, u64> = HashMap::new();
+        join(repo, needed, usable, &mut |places| {
+            for (name, place) in places {
+                *needed_bytes.entry(*name).or_default() += u64::from(place.len);
+            }
+        })?
+        .check()?;
+        Ok(Self { needed_bytes })
+    }
+
+    /// Picks among the places of one identifier.
+    pub(super) fn pick(
+        &self,
+        places: &[Copied],
+        len_of: &dyn Fn(&PackName) -> u64,
+    ) -> Option<Copied> {
+        let worth = |name: &PackName| {
+            let needed = self.needed_bytes.get(name).copied().unwrap_or(0);
+            // In millionths of the pack, which is enough to tell packs apart.
+            u128::from(needed) * 1_000_000 / u128::from(len_of(name).max(1))
+        };
+        let first = |(name, place): &&(PackName, Place)| (worth(name), *name, place.offset);
+        places.iter().max_by_key(first).copied()
+    }
+}
+
+/// Identifiers that are sorted in memory before they go to a file: 64 MiB.
+const IDS_IN_MEMORY: usize = 4 << 20;
+
+/// Nodes that are remembered as gone through; some 50 MiB.
+const SEEN_NODES: usize = 1 << 20;

@@ -1,0 +1,381 @@
+//! Deciding which packs nobody needs, and which are written anew for the little that is needed of them.
+
+use std::collections::{HashMap, HashSet};
+
+use super::mark::{Holdings, Keepers, Kept, join, needed_by};
+use super::{PruneOptions, Pruned, blockers, repack, sweep};
+use crate::repo::chunk::Place;
+use crate::repo::error::RepoError;
+use crate::repo::format::generation::{Condemned, PackName, Sweep};
+use crate::repo::format::pack::{FooterEntry, MAX_RECORDS, PackHeader, PackKind, PackTrailer};
+use crate::repo::generations::Generations;
+use crate::repo::ids::SnapshotId;
+use crate::repo::presence::{OpenSession, open_sessions};
+use crate::repo::repository::Repository;
+use crate::repo::snapshot::Snapshot;
+
+/// What is to be done in one generation.
+pub(super) struct Plan {
+    /// The lengths of all packs.
+    packs: HashMap<PackName, u64>,
+    /// The packs that nobody needs.
+    useless: Vec<PackName>,
+    /// The packs that are written anew, and what is needed of them.
+    pub(super) repack: Vec<PackName>,
+    kept: HashMap<PackName, Kept>,
+    /// For each pack that is written anew offset and length of the records that are needed of it, in order.
+    pub(super) moving: HashMap<PackName, Vec<(u32, u32)>>,
+    dropped: Vec<SnapshotId>,
+    roots: Vec<SnapshotId>,
+}
+
+impl Plan {
+    /// Looks at all; `gone` is taken for removed, since a dry run goes on after a generation that it has not ended.
+    pub(super) fn make(
+        repo: &Repository,
+        options: &PruneOptions,
+        gone: &Sweep,
+        no_room: bool,
+    ) -> Result<Self, RepoError> {
+        // Sessions first: what they commit meanwhile is then seen among the snapshots.
+        let open = open_sessions(repo, options.dead())?;
+        let mut drop = over(repo, options, &open)?;
+        drop.extend(&gone.snapshots);
+        let mut snapshots = Snapshots::load(repo, &drop)?;
+        snapshots.dropped.retain(|id| !gone.snapshots.contains(id));
+        let mut packs = list_packs(repo)?;
+        packs.retain(|name, _| !gone.packs.contains(name));
+        repo.index().refresh()?;
+        let mut needed = needed_by(repo, &snapshots.roots)?;
+        let usable = |name: &PackName, place: &Place| is_whole(&packs, name, place);
+        let keepers = Keepers::count(repo, &mut needed, &usable)?;
+        let len_of = |name: &PackName| packs.get(name).copied().unwrap_or(0);
+        let mut holdings = Holdings::default();
+        join(repo, &mut needed, &usable, &mut |places| {
+            if let Some((name, place)) = keepers.pick(places, &len_of) {
+                let kept = holdings.kept.entry(name).or_default();
+                kept.bytes += u64::from(place.len);
+                kept.records += 1;
+            }
+        })?
+        .check()?;
+        let mut plan = Self {
+            useless: useless(repo, &packs, &holdings, &open),
+            repack: Vec::new(),
+            moving: HashMap::new(),
+            kept: holdings.kept,
+            packs,
+            dropped: snapshots.dropped,
+            roots: snapshots.roots.iter().map(|s| s.id).collect(),
+        };
+        if !no_room {
+            plan.choose_repacks(options.max_unused_percent);
+        }
+        let repack: HashSet<PackName> = plan.repack.iter().copied().collect();
+        if !repack.is_empty() {
+            let (packs, moving) = (&plan.packs, &mut plan.moving);
+            let len_of = |name: &PackName| packs.get(name).copied().unwrap_or(0);
+            let usable = |name: &PackName, place: &Place| is_whole(packs, name, place);
+            join(repo, &mut needed, &usable, &mut |places| {
+                if let Some((name, place)) = keepers.pick(places, &len_of)
+                    && repack.contains(&name)
+                {
+                    let record = (place.offset, place.len);
+                    moving.entry(name).or_default().push(record);
+                }
+            })?
+            .check()?;
+        }
+        for records in plan.moving.values_mut() {
+            records.sort_unstable();
+        }
+        Ok(plan)
+    }
+
+    /// Fails when this would free more than was allowed.
+    ///
+    /// What no snapshot ever named may always go.
+    pub(super) fn brake(&self, options: &PruneOptions) -> Result<(), RepoError> {
+        if self.dropped.is_empty() {
+            return Ok(());
+        }
+        let total_bytes = self.total_bytes();
+        let freed_bytes = self.useless_bytes();
+        let most = u128::from(total_bytes) * u128::from(options.max_freed_percent) / 100;
+        match u128::from(freed_bytes) > most {
+            true => Err(RepoError::TooMuch {
+                freed_bytes,
+                total_bytes,
+                most_percent: options.max_freed_percent,
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes anew what is to be, and says what is condemned then.
+    pub(super) fn carry_out(
+        &mut self,
+        repo: &Repository,
+        options: &PruneOptions,
+        pruned: &mut Pruned,
+    ) -> Result<Condemned, RepoError> {
+        let done = repack::repack(repo, self, options.pack_bytes)?;
+        let damaged: HashSet<PackName> = done.damaged.iter().map(|(name, _)| *name).collect();
+        self.repack.retain(|name| !damaged.contains(name));
+        let named = |(name, error): (PackName, RepoError)| (name.0.file_name(&name.1), error);
+        pruned.damaged = done.damaged.into_iter().map(named).collect();
+        pruned.packs_repacked += self.repack.len() as u64;
+        pruned.written_bytes += done.written_bytes;
+        self.report(pruned);
+        Ok(Condemned {
+            packs: [&self.useless[..], &self.repack].concat(),
+            dropped: self.dropped.clone(),
+            roots: self.roots.clone(),
+        })
+    }
+
+    fn report(&self, pruned: &mut Pruned) {
+        pruned.total_bytes = self.total_bytes();
+        let stays = |name: &&PackName| !self.useless.contains(name) && !self.repack.contains(name);
+        let unused = self
+            .packs
+            .keys()
+            .filter(stays)
+            .map(|name| self.unused(name));
+        pruned.unused_bytes = unused.sum();
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.packs.values().sum()
+    }
+
+    fn useless_bytes(&self) -> u64 {
+        self.useless
+            .iter()
+            .filter_map(|name| self.packs.get(name))
+            .sum()
+    }
+
+    /// The bytes of a pack's records that nobody needs.
+    fn unused(&self, name: &PackName) -> u64 {
+        let len = self.packs.get(name).copied().unwrap_or(0);
+        let kept = self.kept.get(name).copied().unwrap_or_default();
+        let overhead = (PackHeader::LEN + PackTrailer::LEN) as u64;
+        let footer = kept.records * FooterEntry::LEN as u64;
+        len.saturating_sub(overhead + footer + kept.bytes)
+    }
+
+    /// Chooses the packs of which least is needed, until what is left unused is little enough.
+    fn choose_repacks(&mut self, max_unused_percent: f64) {
+        let useless: HashSet<PackName> = self.useless.iter().copied().collect();
+        let mut partly: Vec<(PackName, u64, u64)> = self
+            .kept
+            .keys()
+            .filter(|name| !useless.contains(*name))
+            .map(|name| {
+                (
+                    *name,
+                    self.unused(name),
+                    self.packs.get(name).copied().unwrap_or(0),
+                )
+            })
+            .filter(|(_, unused, _)| *unused > 0)
+            .collect();
+        let mut total = self.total_bytes() - self.useless_bytes();
+        let mut unused: u64 = partly.iter().map(|(_, unused, _)| *unused).sum();
+        // The largest part first; by name where that is the same, so that a dry run says what would be done.
+        partly.sort_by_key(|(name, unused, len)| {
+            (
+                std::cmp::Reverse(u128::from(*unused) * 1_000_000 / u128::from((*len).max(1))),
+                *name,
+            )
+        });
+        for (name, dead, _) in partly {
+            if unused as f64 <= total as f64 * max_unused_percent / 100.0 {
+                break;
+            }
+            self.repack.push(name);
+            unused -= dead;
+            total = total.saturating_sub(dead);
+        }
+    }
+
+    /// The bytes of the packs that take the place of those written anew, unless something in these is damaged.
+    fn written_bytes(&self, pack_bytes: u64) -> u64 {
+        let of_kind = |kind| {
+            let packs = self.repack.iter().filter(move |name| name.0 == kind);
+            let records = packs.filter_map(|name| self.moving.get(name)).flatten();
+            packed_bytes(records.map(|(_, len)| *len), pack_bytes)
+        };
+        of_kind(PackKind::Data) + of_kind(PackKind::Meta)
+    }
+}
+
+/// The bytes of the packs that these records fill.
+fn packed_bytes(records: impl Iterator<Item = u32>, pack_bytes: u64) -> u64 {
+    let start = PackHeader::LEN as u64;
+    let (mut total, mut open, mut count) = (0, start, 0);
+    for len in records {
+        open += u64::from(len);
+        count += 1;
+        total += u64::from(len) + FooterEntry::LEN as u64;
+        if open >= pack_bytes || count == MAX_RECORDS {
+            total += PACK_OVERHEAD;
+            (open, count) = (start, 0);
+        }
+    }
+    match count {
+        0 => total,
+        _ => total + PACK_OVERHEAD,
+    }
+}
+
+/// Says what a prune would do now.
+pub(super) fn dry_run(
+    repo: &Repository,
+    options: &PruneOptions,
+    state: &Generations,
+    pruned: &mut Pruned,
+) -> Result<(), RepoError> {
+    let gone = sweep::report_finish(repo, state, pruned)?;
+    let plan = Plan::make(repo, options, &gone, false)?;
+    plan.report(pruned);
+    let packs: Vec<PackName> = [&plan.useless[..], &plan.repack].concat();
+    let bytes: u64 = packs.iter().filter_map(|n| plan.packs.get(n)).sum();
+    let next = state.last.map_or(0, |last| last.saturating_add(1));
+    let blockers = blockers(repo, next, options)?;
+    pruned.packs_repacked = plan.repack.len() as u64;
+    pruned.written_bytes = plan.written_bytes(options.pack_bytes);
+    match blockers.is_empty() || (packs.is_empty() && plan.dropped.is_empty()) {
+        true => {
+            pruned.snapshots_removed += plan.dropped.len() as u64;
+            pruned.packs_removed += packs.len() as u64;
+            pruned.removed_bytes += bytes;
+        }
+        false => {
+            pruned.packs_waiting += packs.len() as u64;
+            pruned.waiting_bytes += bytes;
+            pruned.waiting_for = blockers;
+        }
+    }
+    Ok(())
+}
+
+/// The snapshots as a prune sees them.
+pub(super) struct Snapshots {
+    /// Those whose data must stay.
+    pub(super) roots: Vec<Snapshot>,
+    /// The forgotten ones whose time is over.
+    pub(super) dropped: Vec<SnapshotId>,
+}
+
+impl Snapshots {
+    /// Reads all but those of `drop`; fails when one cannot be read, since its data must stay.
+    pub(super) fn load(repo: &Repository, drop: &HashSet<SnapshotId>) -> Result<Self, RepoError> {
+        let mut found = Self {
+            roots: Vec::new(),
+            dropped: Vec::new(),
+        };
+        let mut unreadable = Vec::new();
+        for file in repo.storage().list("snap/")? {
+            let Some(id) = file
+                .name
+                .strip_prefix("snap/")
+                .and_then(|id| id.parse().ok())
+            else {
+                continue;
+            };
+            if drop.contains(&id) {
+                found.dropped.push(id);
+                continue;
+            }
+            match repo.snapshot(&id) {
+                Ok(snapshot) => found.roots.push(snapshot),
+                // A fence, or removed since it was listed.
+                Err(RepoError::NoSuchSnapshot { .. }) => {}
+                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error) => unreadable.push(error),
+            }
+        }
+        found.roots.sort_by_key(|s| s.id);
+        found.dropped.sort_unstable();
+        match unreadable.len() {
+            0 => Ok(found),
+            count => Err(RepoError::SnapshotsUnreadable {
+                count,
+                one: Box::new(unreadable.swap_remove(0)),
+            }),
+        }
+    }
+}
+
+/// Finds the forgotten snapshots that nobody can have back any more, and that no session inherits from.
+fn over(
+    repo: &Repository,
+    options: &PruneOptions,
+    open: &[OpenSession],
+) -> Result<HashSet<SnapshotId>, RepoError> {
+    let parents: HashSet<SnapshotId> = open
+        .iter()
+        .flat_map(|s| s.parents.iter().copied())
+        .collect();
+    let marks = repo.forgotten()?;
+    let window = options.undelete_window.as_nanos();
+    let over = marks
+        .snapshots
+        .iter()
+        .filter(|mark| marks.age_nanos(mark, options.now_unix_nanos) >= window)
+        .map(|mark| mark.snapshot.id);
+    Ok(over.filter(|id| !parents.contains(id)).collect())
+}
+
+/// Lists all packs with their lengths.
+pub(super) fn list_packs(repo: &Repository) -> Result<HashMap<PackName, u64>, RepoError> {
+    let mut packs = HashMap::new();
+    for kind in [PackKind::Data, PackKind::Meta] {
+        for file in repo.storage().list(kind.folder())? {
+            if let Some(pack) = kind.parse_file_name(&file.name) {
+                packs.insert((kind, pack), file.len);
+            }
+        }
+    }
+    Ok(packs)
+}
+
+/// Whether a pack is there and long enough to hold a record.
+pub(super) fn is_whole(packs: &HashMap<PackName, u64>, name: &PackName, place: &Place) -> bool {
+    let end = u64::from(place.offset) + u64::from(place.len) + PackTrailer::LEN as u64;
+    packs.get(name).is_some_and(|len| end <= *len)
+}
+
+/// Finds the packs of which nothing is kept, but not those of sessions that are still writing.
+fn useless(
+    repo: &Repository,
+    packs: &HashMap<PackName, u64>,
+    holdings: &Holdings,
+    open: &[OpenSession],
+) -> Vec<PackName> {
+    let writing: HashSet<SnapshotId> = open.iter().map(|s| s.id).collect();
+    let mut useless: Vec<PackName> = packs
+        .keys()
+        .filter(|name| !holdings.kept.contains_key(*name))
+        .filter(|name| match writer_of(repo, name) {
+            // Waiting for its session would be of no use: it will be needed, or is garbage then.
+            Some(session) => !writing.contains(&session),
+            None => true,
+        })
+        .copied()
+        .collect();
+    useless.sort_unstable();
+    useless
+}
+
+/// Reads which session wrote a pack; `None` when that cannot be read.
+fn writer_of(repo: &Repository, (kind, pack): &PackName) -> Option<SnapshotId> {
+    let mut head = [0; PackHeader::LEN];
+    let read = repo.storage().read_at(&kind.file_name(pack), 0, &mut head);
+    read.ok()?;
+    Some(PackHeader::decode(&head, *kind).ok()?.session)
+}
+
+const PACK_OVERHEAD: u64 = (PackHeader::LEN + PackTrailer::LEN) as u64;
