@@ -35,6 +35,7 @@ pub use cipher::Encryption;
 pub use compress::{Compression, NotACompression};
 pub use error::RepoError;
 pub use forget::Forgotten;
+pub use format::fuzz;
 pub use format::pack::PackKind;
 pub use ids::{ChunkId, NodeId, NotAnId, PackId, RepoUuid, SegmentId, SnapshotId};
 pub use key_slots::SlotInfo;

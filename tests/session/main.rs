@@ -8,6 +8,8 @@ mod changes;
 mod client_faults;
 mod client_handshake;
 mod disk;
+#[path = "../support/fuzz.rs"]
+mod drive;
 mod extended;
 mod fuzz;
 mod protocol_doc;
