@@ -16,6 +16,7 @@ mod read_disk;
 mod restore;
 mod selector;
 mod serve;
+mod since;
 mod source;
 mod target;
 mod walk;

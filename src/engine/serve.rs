@@ -15,6 +15,7 @@ use super::disk::Disk;
 use super::event::{Event, Observer, ServedExport};
 use super::export::SnapshotExport;
 use super::outcome::ServeOutcome;
+use super::since::Earlier;
 use crate::nbd::server::{ExportSource, Server, ServerOptions};
 use crate::nbd::tls::{TlsError, TlsServer};
 use crate::nbd::transport::Listener;
@@ -83,18 +84,18 @@ pub async fn serve(
         tls: tls.map_err(|e| failed(io::Error::other(e)))?,
         ..ServerOptions::default()
     };
-    let snapshot = catalog.find(&request.snapshot).await?;
+    let (snapshot, all) = catalog.find_among_all(&request.snapshot).await?;
     let records: Vec<_> = match &request.disk {
         Some(name) => vec![disk_of(&snapshot, Some(name))?],
         None => snapshot.draft.disks.iter().collect(),
     };
     let mut exports: Vec<(String, Arc<dyn ExportSource>)> = Vec::new();
     for record in &records {
-        exports.push((
-            record.disk.clone(),
-            Arc::new(SnapshotExport::new(catalog, &snapshot, record)?),
-        ));
+        let earlier = Earlier::of(catalog, &all, &snapshot.draft.name, record)?;
+        let export = SnapshotExport::new(catalog, &snapshot, record)?.since(earlier);
+        exports.push((record.disk.clone(), Arc::new(export)));
     }
+    drop(all);
     let secure = options.tls.is_some();
     let server = Server::new(exports, options).map_err(|e| failed(io::Error::other(e)))?;
     let listener = bind(&endpoint, secure || request.insecure)

@@ -11,6 +11,7 @@ mod resize;
 mod restore;
 mod serve;
 mod signal;
+mod since;
 mod source;
 mod sparse;
 #[path = "../support/mod.rs"]
