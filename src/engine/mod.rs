@@ -11,6 +11,7 @@ mod info;
 mod keys;
 mod nbd_target;
 mod outcome;
+mod overlay;
 mod plan;
 mod read_disk;
 mod restore;

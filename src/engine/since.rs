@@ -52,7 +52,7 @@ impl Earlier {
 
     /// The name of the metadata context.
     pub(super) fn context(&self) -> String {
-        format!("qemu:dirty-bitmap:since-{}", self.snapshot)
+        context(&self.snapshot)
     }
 
     /// Tells which chunks of a range differ, and what the disk grew by as dirty.
@@ -92,6 +92,11 @@ impl Earlier {
         }
         Ok(extents.found)
     }
+}
+
+/// The metadata context that tells what changed since a snapshot.
+pub(super) fn context(snapshot: &SnapshotId) -> String {
+    format!("qemu:dirty-bitmap:since-{snapshot}")
 }
 
 /// The bit of a dirty bitmap.
