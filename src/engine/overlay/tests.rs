@@ -8,7 +8,8 @@ use futures::future::{BoxFuture, join_all};
 
 use super::files::Files;
 use super::log::{GRANULE, Head, LogError};
-use super::store::Store;
+use super::map::State;
+use super::store::{Fill, Store};
 use super::{LocalFiles, OverlayExport, file_name};
 use crate::nbd::server::{ExportSource, MemoryDisk};
 use crate::nbd::session::Zeroing;
@@ -88,6 +89,8 @@ struct Disks {
     power: Option<u64>,
     /// Calls that fail, by name.
     fails: BTreeSet<&'static str>,
+    /// What happens right after the next sync of the bytes.
+    after_sync: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// Both files in memory, with a power that can fail at any call.
@@ -167,7 +170,11 @@ impl Files for MemoryFiles {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        self.call("sync_data")?.data.sync();
+        let mut disks = self.call("sync_data")?;
+        disks.data.sync();
+        let after = disks.after_sync.take();
+        drop(disks);
+        after.into_iter().for_each(|after| after());
         Ok(())
     }
 
@@ -480,6 +487,43 @@ async fn crash_at_any_call_loses_nothing_that_was_flushed() {
                 panic!("seed {seed}, life {life}: {fault}");
             }
             model = found;
+        }
+    }
+}
+
+#[test]
+fn what_is_written_while_a_flush_works_is_not_called_durable_by_it() {
+    // The first flush adds to the log, later ones write it anew.
+    for flushes in [0, 40] {
+        for seed in 0..20 {
+            let files = MemoryFiles::new();
+            let store = Arc::new(Store::create(Arc::clone(&files) as _, head()).unwrap());
+            let write = |granule: u64, byte: u8| {
+                let data = [byte; GRANULE as usize];
+                store.write(granule * GRANULE, &data, &Fill::default())
+            };
+            for at in 0..flushes {
+                match at % 2 {
+                    0 => write(3, 1).unwrap(),
+                    _ => store.zero(3..4, false).unwrap(),
+                }
+                store.commit().unwrap();
+            }
+            write(1, 7).unwrap();
+            let meanwhile = Arc::clone(&store);
+            files.disks().after_sync = Some(Box::new(move || {
+                let data = [8; GRANULE as usize];
+                meanwhile.write(5 * GRANULE, &data, &Fill::default()).unwrap();
+            }));
+            store.commit().unwrap();
+            let files = files.crashed(&mut Random(seed));
+            let store = Store::reopen(Arc::clone(&files) as _).unwrap();
+            let granule = |number: u64| {
+                let range = ByteRange::at(number * GRANULE, GRANULE).unwrap();
+                store.runs(range, 9)
+            };
+            assert_eq!(granule(1)[0].1, State::Data);
+            assert_eq!(granule(5)[0].1, State::Base, "{flushes} {seed}");
         }
     }
 }
