@@ -254,6 +254,9 @@ pub(crate) struct Restore {
     /// Lets clients write: what they write is kept in this folder, and the repository stays as it is.
     #[arg(long, requires = "serve", value_name = "DIR")]
     pub(crate) writable: Option<PathBuf>,
+    /// Ends by itself after this long without a client, in seconds.
+    #[arg(long, requires = "serve", value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) idle_exit: Option<f64>,
     /// Serves over TLS only, with server-cert.pem and server-key.pem of this folder.
     #[arg(long, requires = "serve", value_name = "DIR")]
     pub(crate) tls_certificates: Option<PathBuf>,

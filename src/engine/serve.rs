@@ -3,15 +3,16 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::catalog::{Catalog, disk_of};
 use super::disk::Disk;
-use super::event::{Event, Observer, ServedExport};
+use super::event::{Event, Observer, ServedExport, Warning};
 use super::export::SnapshotExport;
 use super::outcome::ServeOutcome;
 use super::overlay::{Belongs, OverlayExport};
@@ -38,6 +39,8 @@ pub struct ServeRequest {
     pub insecure: bool,
     /// A folder that keeps what clients write over the disks; `None` lets them only read.
     pub writable: Option<PathBuf>,
+    /// After how long without a client to end; `None` goes on until it is ended.
+    pub idle_exit: Option<Duration>,
 }
 
 /// How a server and its clients know each other.
@@ -86,7 +89,8 @@ pub async fn serve(
     let tls = request.tls.as_ref().map(ServeTls::load).transpose();
     let options = ServerOptions {
         tls: tls.map_err(|e| failed(io::Error::other(e)))?,
-        ..ServerOptions::default()
+        idle_exit: request.idle_exit,
+        ..server_options()
     };
     let (snapshot, all) = catalog.find_among_all(&request.snapshot).await?;
     let records: Vec<_> = match &request.disk {
@@ -109,9 +113,13 @@ pub async fn serve(
     drop(all);
     let secure = options.tls.is_some();
     let server = Server::new(exports, options).map_err(|e| failed(io::Error::other(e)))?;
-    let listener = bind(&endpoint, secure || request.insecure)
-        .await
-        .map_err(failed)?;
+    let open = !secure && !is_local(&endpoint).await.map_err(failed)?;
+    if open && !request.insecure {
+        return Err(failed(io::Error::other(
+            "other machines could read the disks without TLS; use --tls-certificates, localhost, a Unix socket, or --insecure",
+        )));
+    }
+    let listener = Listener::bind(&endpoint).await.map_err(failed)?;
     let bound = listener.endpoint().map_err(failed)?;
     let mut paths = overlays.iter().map(|(_, path)| path.clone());
     let served = records.iter().map(|record| ServedExport {
@@ -125,7 +133,23 @@ pub async fn serve(
         .to_string(),
         size_bytes: record.size_bytes,
     });
-    observer.observe(Event::Serving(served.collect()));
+    let served = served.collect();
+    if open {
+        observer.observe(Event::Warning(Warning {
+            code: "insecure",
+            disk: None,
+            message: format!(
+                "whoever reaches {} can read the disks{}: they are served without TLS",
+                request.address,
+                if request.writable.is_some() {
+                    ", and write over them"
+                } else {
+                    ""
+                }
+            ),
+        }));
+    }
+    observer.observe(Event::Serving(served));
     server.serve(listener, ended).await;
     for ((overlay, _), record) in overlays.iter().zip(&records) {
         // What a client did not flush is kept too if the server ends well.
@@ -272,15 +296,38 @@ fn endpoint(address: &str, secure: bool) -> Result<Endpoint, EngineError> {
     })
 }
 
-/// Listens, where other machines cannot reach or may.
-async fn bind(endpoint: &Endpoint, anywhere: bool) -> io::Result<Listener> {
-    if let Endpoint::Tcp { host, port } = endpoint {
-        let mut addresses = tokio::net::lookup_host((host.as_str(), *port)).await?;
-        if !anywhere && !addresses.all(|a| a.ip().is_loopback()) {
-            return Err(io::Error::other(
-                "other machines could read the disks without TLS; use --tls-certificates, localhost, a Unix socket, or --insecure",
-            ));
+/// Whether only this machine can reach a place.
+async fn is_local(endpoint: &Endpoint) -> io::Result<bool> {
+    Ok(match endpoint {
+        Endpoint::Unix(_) => true,
+        Endpoint::Tcp { host, port } => {
+            let mut addresses = tokio::net::lookup_host((host.as_str(), *port)).await?;
+            addresses.all(|address| address.ip().is_loopback())
         }
-    }
-    Listener::bind(endpoint).await
+    })
 }
+
+/// The usual options, with no more clients than this process may have open files for, of which it takes all it may.
+fn server_options() -> ServerOptions {
+    let options = ServerOptions::default();
+    let limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.unwrap_or(u64::MAX);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    let files = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => most,
+        Err(_) => limit.current.unwrap_or(u64::MAX),
+    };
+    let clients = (files - FILES_OF_OTHERS.min(files / 2)).max(1);
+    ServerOptions {
+        max_connections: options
+            .max_connections
+            .min(usize::try_from(clients).unwrap_or(usize::MAX)),
+        ..options
+    }
+}
+
+/// The open files that are left for the repository, overlays and threads.
+const FILES_OF_OTHERS: u64 = 256;

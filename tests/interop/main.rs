@@ -2,6 +2,7 @@
 
 mod chain;
 mod crash;
+mod crowd;
 mod damage;
 mod fallback;
 mod live;

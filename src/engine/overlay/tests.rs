@@ -513,7 +513,9 @@ fn what_is_written_while_a_flush_works_is_not_called_durable_by_it() {
             let meanwhile = Arc::clone(&store);
             files.disks().after_sync = Some(Box::new(move || {
                 let data = [8; GRANULE as usize];
-                meanwhile.write(5 * GRANULE, &data, &Fill::default()).unwrap();
+                meanwhile
+                    .write(5 * GRANULE, &data, &Fill::default())
+                    .unwrap();
             }));
             store.commit().unwrap();
             let files = files.crashed(&mut Random(seed));
