@@ -117,7 +117,7 @@ impl Iterator for Comparison {
         // Below the lowest node that both ran into differs what is above: only a new child is looked at from its top.
         self.level = (0..=MAX_LEVEL)
             .rev()
-            .find(|level| self.at % child_span(*level) == 0)
+            .find(|level| self.at.is_multiple_of(child_span(*level)))
             .unwrap_or(0)
             .min(self.before.top().max(self.after.top()));
         Some(found)
