@@ -39,7 +39,7 @@ pub use format::fuzz;
 pub use format::pack::PackKind;
 pub use ids::{ChunkId, NodeId, NotAnId, PackId, RepoUuid, SegmentId, SnapshotId};
 pub use key_slots::SlotInfo;
-pub use map::{MapReader, MapWriter, Run, Runs, changed};
+pub use map::{Compared, Comparison, MapReader, MapWriter, Run, Runs, changed};
 pub use presence::Pin;
 pub use prune::{PruneOptions, Pruned};
 pub use read::{Batcher, ChunkRead, ReadBatch, ReadBuffers};

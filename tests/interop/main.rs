@@ -2,15 +2,18 @@
 
 mod chain;
 mod crash;
+mod crowd;
 mod damage;
 mod fallback;
 mod live;
 mod nbd_faults;
 mod nbd_restore;
+mod overlay;
 mod resize;
 mod restore;
 mod serve;
 mod signal;
+mod since;
 mod source;
 mod sparse;
 #[path = "../support/mod.rs"]

@@ -7,6 +7,7 @@ mod certificates;
 mod changes;
 mod client_faults;
 mod client_handshake;
+mod crowd;
 mod disk;
 #[path = "../support/fuzz.rs"]
 mod drive;

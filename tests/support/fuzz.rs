@@ -4,7 +4,7 @@
 use std::fs;
 
 /// Calls a target with each file of its corpus, then with mutations.
-pub fn drive(name: &str, target: fn(&[u8])) {
+pub(crate) fn drive(name: &str, target: fn(&[u8])) {
     let folder = format!("{}/tests/fuzz/{name}", env!("CARGO_MANIFEST_DIR"));
     let mut files: Vec<_> = fs::read_dir(folder)
         .unwrap()
