@@ -7,6 +7,7 @@ mod fallback;
 mod live;
 mod nbd_faults;
 mod nbd_restore;
+mod peers;
 mod resize;
 mod restore;
 mod serve;
