@@ -1,5 +1,10 @@
 //! The cells of the table over TLS that `interop::tls` leaves open: TCP, every tool, certificates and keys.
 
+use std::path::Path;
+
+use nbdbackup::nbd::tls::TlsServer;
+
+use super::writable::Writable;
 use super::{SIZE, backs_up_by_bitmap, backs_up_whole, libnbd::nbdsh, restores_into};
 use crate::support::certificates::Authority;
 use crate::support::disk::assert_same;
@@ -81,6 +86,24 @@ impl Means {
             false => self.uri(uri),
         }
     }
+
+    /// QEMU's object for a client.
+    fn client_object(&self) -> String {
+        let object = format!("{},endpoint=client", self.object);
+        match self.user.strip_suffix('@') {
+            Some(user) => format!("{object},username={user}"),
+            None => object,
+        }
+    }
+
+    /// QEMU's node for our export behind a server, which has to be told the host's name as libnbd has.
+    fn qemu_node(&self, at: At, server: &str) -> String {
+        let name = match (self.user, at) {
+            ("", At::Unix) => ",tls-hostname=localhost",
+            _ => "",
+        };
+        format!("driver=nbd,{server},export=vda,tls-creds=tls0{name}")
+    }
 }
 
 /// Serves a snapshot by ourselves and reads it with each tool.
@@ -119,11 +142,7 @@ fn every_tool_reads_a_snapshot(at: At, means: impl Fn(&Lab) -> Means) {
             "{script}\nh.set_strict_mode(0)\nfails([errno.EPERM, errno.EINVAL], lambda: h.pwrite(b'x' * 4096, 0))\nh.pread(512, 0)"
         ),
     );
-    let object = format!("{},endpoint=client", means.object);
-    let object = match means.user.strip_suffix('@') {
-        Some(user) => format!("{object},username={user}"),
-        None => object,
-    };
+    let object = means.client_object();
     let server = match plain.split_once("socket=") {
         Some((_, socket)) => format!("server.type=unix,server.path={socket}"),
         None => {
@@ -132,11 +151,7 @@ fn every_tool_reads_a_snapshot(at: At, means: impl Fn(&Lab) -> Means) {
             format!("server.type=inet,server.host={host},server.port={port}")
         }
     };
-    let name = match (means.user, at) {
-        ("", At::Unix) => ",tls-hostname=localhost",
-        _ => "",
-    };
-    let node = format!("driver=nbd,{server},export=vda,tls-creds=tls0{name}");
+    let node = means.qemu_node(at, &server);
     let out = lab.file("qemu.raw");
     let convert = ["convert", "--object", &object, "--image-opts", "-O", "raw"];
     tool("qemu-img", &[&convert[..], &[&node, &out]].concat());
@@ -179,6 +194,56 @@ fn old_qemu_nbd_is_backed_up(means: impl Fn(&Lab) -> Means) {
         let uri = means.uri(server.uri());
         (server, uri)
     });
+}
+
+/// Has each tool change a writable disk in memory behind our server.
+fn every_tool_changes_a_disk(means: impl Fn(&Lab) -> Means) {
+    let lab = Lab::new();
+    let means = means(&lab);
+    let credentials = Path::new(&means.ours[1]);
+    let tls = match means.user {
+        "" => TlsServer::certificates(credentials, true),
+        _ => TlsServer::pre_shared_keys(credentials),
+    };
+    let served = Writable::start_with(&lab, Some(tls.unwrap()));
+    let uri = means.libnbd_uri(&served.uri);
+    let image = lab.raw("vda.raw", SIZE, 7);
+    for connections in ["1", "4"] {
+        tool("nbdcopy", &["-C", connections, "--flush", &image, &uri]);
+        assert_same(&served.dump(&lab), &image);
+    }
+    // What is refused has to be read past, through TLS.
+    let script = "
+h.set_strict_mode(0); size = h.get_size()
+h.pwrite(b'w' * 100000, 5000, nbd.CMD_FLAG_FUA)
+h.zero(50000, 6000, nbd.CMD_FLAG_NO_HOLE)
+h.trim(8192, 8192)
+fails([errno.ENOSPC, errno.EINVAL], lambda: h.pwrite(b'x' * (1 << 20), size - 512))
+fails([errno.EINVAL], lambda: h.pwrite(b'x' * (1 << 20), 0, 0x80))
+h.flush()
+assert bytes(h.pread(100000, 5000)) == b'w' * 1000 + bytes(50000) + b'w' * 49000
+";
+    nbdsh(&uri, script);
+    let other = lab.raw("other.raw", SIZE, 8);
+    let object = means.client_object();
+    let (_, socket) = served.uri.split_once("socket=").unwrap();
+    let server = format!("server.type=unix,server.path={socket}");
+    let node = means.qemu_node(At::Unix, &server);
+    let convert = ["convert", "-n", "--object", &object, "-f", "raw"];
+    let target = ["--target-image-opts", &other, &node];
+    tool("qemu-img", &[&convert[..], &target].concat());
+    assert_same(&served.dump(&lab), &other);
+}
+
+#[test]
+fn every_tool_changes_a_disk_with_certificates() {
+    every_tool_changes_a_disk(certificates);
+}
+
+#[cfg(feature = "tls-psk")]
+#[test]
+fn every_tool_changes_a_disk_with_keys() {
+    every_tool_changes_a_disk(keys);
 }
 
 /// Restores into `qemu-nbd` and nbdkit.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nbdbackup::nbd::server::{MemoryDisk, Server, ServerOptions};
+use nbdbackup::nbd::tls::TlsServer;
 use nbdbackup::nbd::transport::Listener;
 use nbdbackup::nbd::uri::Endpoint;
 use tokio::runtime::Runtime;
@@ -15,18 +16,26 @@ use crate::support::process::{Process, tool};
 use crate::support::server::{nbdinfo, uri};
 
 /// Our server with a writable disk, `vda`; ended when dropped.
-struct Writable {
+pub(super) struct Writable {
     _runtime: Runtime,
     disk: Arc<MemoryDisk>,
-    uri: String,
+    /// The URI in the clear, whether or not it is served so.
+    pub(super) uri: String,
 }
 
 impl Writable {
     fn start(lab: &Lab) -> Self {
+        Self::start_with(lab, None)
+    }
+
+    pub(super) fn start_with(lab: &Lab, tls: Option<TlsServer>) -> Self {
+        let options = ServerOptions {
+            tls,
+            ..ServerOptions::default()
+        };
         let socket = lab.socket();
         let disk = Arc::new(MemoryDisk::new(SIZE));
-        let server =
-            Server::new(vec![("vda".into(), disk.clone())], ServerOptions::default()).unwrap();
+        let server = Server::new(vec![("vda".into(), disk.clone())], options).unwrap();
         let runtime = Runtime::new().unwrap();
         let endpoint = Endpoint::Unix(PathBuf::from(&socket));
         let listener = runtime.block_on(Listener::bind(&endpoint)).unwrap();
@@ -39,7 +48,7 @@ impl Writable {
     }
 
     /// The disk's bytes as a file.
-    fn dump(&self, lab: &Lab) -> String {
+    pub(super) fn dump(&self, lab: &Lab) -> String {
         let file = lab.file("dump.raw");
         std::fs::write(&file, self.disk.bytes()).unwrap();
         file
