@@ -9,6 +9,7 @@ mod live;
 mod nbd_faults;
 mod nbd_restore;
 mod overlay;
+mod peers;
 mod resize;
 mod restore;
 mod serve;
