@@ -30,7 +30,7 @@ impl NbdServer {
              [vda]\nexportname = {image}\n{export}\n"
         );
         std::fs::write(&configuration, text).unwrap();
-        // It becomes a daemon once it listens, and then writes its id.
+        // It becomes a daemon, writes its id and listens.
         tool("nbd-server", &["-C", &configuration, "-p", &pid]);
         let end = Instant::now() + Duration::from_secs(30);
         let id = loop {
@@ -41,7 +41,10 @@ impl NbdServer {
             assert!(Instant::now() < end, "no process id in {pid}");
             std::thread::sleep(Duration::from_millis(5));
         };
-        UnixStream::connect(&socket).unwrap();
+        while UnixStream::connect(&socket).is_err() {
+            assert!(Instant::now() < end, "{socket} is not served");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         Self { id, socket }
     }
 
