@@ -90,7 +90,14 @@ fn thousand_dawdlers_keep_nobody_out_and_take_little_memory() {
         tool("nbdcopy", &[&serving.uri("vda"), &out]);
         assert_same(&out, &image);
         let peak = peak_memory(serving.process.id());
+        println!("{} MiB", peak / MIB);
         assert!(peak < MOST_MEMORY, "{} MiB", peak / MIB);
+        // Those who are through the handshake are there all the while.
+        for mut dawdler in dawdlers.iter().skip(2).step_by(4) {
+            dawdler.set_nonblocking(true).unwrap();
+            let nothing = dawdler.read(&mut [0]).unwrap_err();
+            assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+        }
         drop(dawdlers);
         serving.process.signal("TERM");
         finish(serving.process).result();

@@ -1,5 +1,6 @@
 //! Writable exports over a snapshot: QEMU, libnbd, fio and our own client write, and the server is killed meanwhile.
 
+use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use nbdbackup::nbd::uri::NbdUri;
 use nbdbackup::range::ByteRange;
 use serde_json::Value;
 
-use crate::support::disk::{Random, assert_same};
+use crate::support::disk::{Random, assert_same, scatter};
 use crate::support::lab::Lab;
 use crate::support::process::{Process, tool, try_tool};
 use crate::support::program::{finish, text};
@@ -168,6 +169,42 @@ fn what_was_written_is_told_as_a_bitmap_and_backed_up_as_an_increment() {
     let out = lab.file("out.raw");
     tool("nbdcopy", &[&uri, &out]);
     lab.assert_restores(&text(&result, "snapshot"), &out);
+}
+
+#[test]
+fn what_changed_since_an_earlier_snapshot_counts_what_was_written_too() {
+    let mut overlaid = Overlaid::new(8);
+    let first = overlaid.snapshot.clone();
+    scatter(&overlaid.image, "raw", SIZE, 6, 8);
+    let server = overlaid.lab.nbdkit(&["-r", "file", &overlaid.image]);
+    let second = overlaid.lab.backup("full", server.uri(), &[]);
+    overlaid.snapshot = text(&second, "snapshot");
+    let since = format!("since-{first}");
+    let blocks = |uri: &str| -> BTreeSet<u64> {
+        let dirty = dirty(uri, &since);
+        let blocks = dirty
+            .iter()
+            .flat_map(|e| e.offset / 512..(e.offset + e.length).div_ceil(512));
+        blocks.collect()
+    };
+    let mut want = blocks(&overlaid.lab.serve(&overlaid.snapshot).uri("vda"));
+    let before = want.len();
+    let serving = overlaid.serve();
+    let uri = serving.uri("vda");
+    let contexts = [
+        "base:allocation",
+        &format!("qemu:dirty-bitmap:since-{}", overlaid.snapshot),
+        &format!("qemu:dirty-bitmap:{since}"),
+    ];
+    assert_eq!(nbdinfo(&uri)["contexts"], Value::from(&contexts[..]));
+    assert_eq!(blocks(&uri), want);
+    // Somewhere among what is the same, since not all differs.
+    for at in (0..SIZE / 4096).step_by(37) {
+        qemu_io(&uri, &[&format!("write -P 7 {} 4096", at * 4096)]);
+        want.extend(at * 8..at * 8 + 8);
+    }
+    assert!(want.len() > before);
+    assert_eq!(blocks(&uri), want);
 }
 
 #[test]

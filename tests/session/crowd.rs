@@ -35,6 +35,13 @@ fn server(disk: &Arc<Disk>, options: ServerOptions) -> Server {
     Server::new(vec![("d".to_owned(), disk.clone() as _)], options).unwrap()
 }
 
+/// Waits for the end of a client that the server should let go.
+async fn soon(served: JoinHandle<Result<(), ServeError>>) -> Result<(), ServeError> {
+    let hour = Duration::from_secs(3600);
+    let ended = tokio::time::timeout(hour, served).await;
+    ended.expect("it is still served").unwrap()
+}
+
 /// A request of a block, at the cookie's place.
 fn request(command: u8, cookie: u8, length: u32) -> Vec<u8> {
     let mut bytes = b"\x25\x60\x95\x13\0\0\0".to_vec();
@@ -55,7 +62,7 @@ async fn client_that_ends_no_message_is_let_go_and_an_idle_one_stays() {
     for half in [half_header, half_payload] {
         let (mut near, served) = connected(&server, 1 << 16).await;
         near.write_all(&half).await.unwrap();
-        let ended = served.await.unwrap();
+        let ended = soon(served).await;
         assert!(
             matches!(ended, Err(ServeError::MessageTimedOut(_))),
             "{ended:?}"
@@ -88,7 +95,7 @@ async fn client_that_takes_no_replies_is_let_go() {
     let server = server(&disk, ServerOptions::default());
     let (mut near, served) = connected(&server, 1000).await;
     near.write_all(&request(0, 1, 4096)).await.unwrap();
-    let ended = served.await.unwrap();
+    let ended = soon(served).await;
     match ended {
         Err(ServeError::Io { source, .. }) => {
             assert_eq!(source.kind(), std::io::ErrorKind::TimedOut);

@@ -62,7 +62,7 @@ impl Default for ServerOptions {
             bytes_per_connection: 32 << 20,
             requests_in_total: 1024,
             bytes_in_total: 256 << 20,
-            stall_timeout: Duration::from_secs(30),
+            stall_timeout: Duration::from_secs(60),
             idle_exit: None,
             shutdown_timeout: Duration::from_secs(10),
         }
