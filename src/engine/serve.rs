@@ -9,12 +9,15 @@ use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::EngineError;
 use super::catalog::{Catalog, disk_of};
 use super::disk::Disk;
 use super::event::{Event, Observer, ServedExport};
 use super::export::SnapshotExport;
 use super::outcome::ServeOutcome;
+use super::overlay::{Belongs, OverlayExport};
+use super::since::Earlier;
+use super::workers::blocking;
+use super::{DiskRecord, EngineError, Snapshot};
 use crate::nbd::server::{ExportSource, Server, ServerOptions};
 use crate::nbd::tls::{TlsError, TlsServer};
 use crate::nbd::transport::Listener;
@@ -33,6 +36,8 @@ pub struct ServeRequest {
     pub tls: Option<ServeTls>,
     /// Whether to serve beyond this machine without TLS.
     pub insecure: bool,
+    /// A folder that keeps what clients write over the disks; `None` lets them only read.
+    pub writable: Option<PathBuf>,
 }
 
 /// How a server and its clients know each other.
@@ -83,25 +88,34 @@ pub async fn serve(
         tls: tls.map_err(|e| failed(io::Error::other(e)))?,
         ..ServerOptions::default()
     };
-    let snapshot = catalog.find(&request.snapshot).await?;
+    let (snapshot, all) = catalog.find_among_all(&request.snapshot).await?;
     let records: Vec<_> = match &request.disk {
         Some(name) => vec![disk_of(&snapshot, Some(name))?],
         None => snapshot.draft.disks.iter().collect(),
     };
     let mut exports: Vec<(String, Arc<dyn ExportSource>)> = Vec::new();
+    let mut overlays = Vec::new();
     for record in &records {
-        exports.push((
-            record.disk.clone(),
-            Arc::new(SnapshotExport::new(catalog, &snapshot, record)?),
-        ));
+        let earlier = Earlier::of(catalog, &all, &snapshot.draft.name, record)?;
+        let export = Arc::new(SnapshotExport::new(catalog, &snapshot, record)?.since(earlier));
+        let Some(folder) = &request.writable else {
+            exports.push((record.disk.clone(), export));
+            continue;
+        };
+        let (overlay, path) = overlay(catalog, &snapshot, record, export, folder).await?;
+        exports.push((record.disk.clone(), Arc::clone(&overlay) as _));
+        overlays.push((overlay, path));
     }
+    drop(all);
     let secure = options.tls.is_some();
     let server = Server::new(exports, options).map_err(|e| failed(io::Error::other(e)))?;
     let listener = bind(&endpoint, secure || request.insecure)
         .await
         .map_err(failed)?;
     let bound = listener.endpoint().map_err(failed)?;
+    let mut paths = overlays.iter().map(|(_, path)| path.clone());
     let served = records.iter().map(|record| ServedExport {
+        overlay: paths.next(),
         name: record.disk.clone(),
         uri: NbdUri {
             endpoint: bound.clone(),
@@ -113,12 +127,50 @@ pub async fn serve(
     });
     observer.observe(Event::Serving(served.collect()));
     server.serve(listener, ended).await;
+    for ((overlay, _), record) in overlays.iter().zip(&records) {
+        // What a client did not flush is kept too if the server ends well.
+        let kept = overlay.commit().await;
+        kept.map_err(|fault| overlay_failed(&request.writable, record)(io::Error::other(fault)))?;
+    }
     Ok(ServeOutcome {
         repository: catalog.path().to_owned(),
         snapshot: snapshot.id.to_string(),
         address: request.address,
         duration: clock.elapsed(),
     })
+}
+
+/// Puts what clients write into a folder, over a disk that stays as it is.
+async fn overlay(
+    catalog: &Catalog,
+    snapshot: &Snapshot,
+    record: &DiskRecord,
+    base: Arc<SnapshotExport>,
+    folder: &Path,
+) -> Result<(Arc<OverlayExport>, PathBuf), EngineError> {
+    let belongs = Belongs {
+        repository: *catalog.repository().uuid().as_bytes(),
+        snapshot: *snapshot.id.as_bytes(),
+        disk: record.disk.clone(),
+    };
+    let written = super::since::context(&snapshot.id);
+    let folder = folder.to_owned();
+    let opened = blocking(move || OverlayExport::open(&folder, belongs, base, written));
+    let (overlay, path) = opened.await??;
+    Ok((Arc::new(overlay), path))
+}
+
+fn overlay_failed(
+    folder: &Option<PathBuf>,
+    record: &DiskRecord,
+) -> impl Fn(io::Error) -> EngineError {
+    let folder = folder.as_deref().unwrap_or(Path::new("")).display();
+    let (folder, disk) = (folder.to_string(), record.disk.clone());
+    move |cause| EngineError::Overlay {
+        folder: folder.clone(),
+        disk: disk.clone(),
+        cause,
+    }
 }
 
 /// A disk that is served on a socket that only this user can reach.

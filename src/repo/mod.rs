@@ -31,7 +31,7 @@ pub use error::RepoError;
 pub use format::pack::PackKind;
 pub use ids::{ChunkId, NodeId, NotAnId, PackId, RepoUuid, SegmentId, SnapshotId};
 pub use key_slots::SlotInfo;
-pub use map::{MapReader, MapWriter, Run, Runs, changed};
+pub use map::{Compared, Comparison, MapReader, MapWriter, Run, Runs, changed};
 pub use read::{Batcher, ChunkRead, ReadBatch, ReadBuffers};
 pub use rebuild::Rebuilt;
 pub use repository::{InitOptions, Repository, SnapshotList};

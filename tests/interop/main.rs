@@ -7,11 +7,13 @@ mod fallback;
 mod live;
 mod nbd_faults;
 mod nbd_restore;
+mod overlay;
 mod peers;
 mod resize;
 mod restore;
 mod serve;
 mod signal;
+mod since;
 mod source;
 mod sparse;
 #[path = "../support/mod.rs"]

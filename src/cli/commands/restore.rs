@@ -42,6 +42,7 @@ pub(super) async fn serve(
         address: args.serve.clone().unwrap_or_default(),
         tls: tls(args),
         insecure: args.insecure,
+        writable: args.writable.clone(),
     };
     let catalog = config::open(global).await?;
     let ended = async {

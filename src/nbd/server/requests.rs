@@ -188,7 +188,11 @@ impl Work {
         one: bool,
         contexts: &[usize],
     ) -> Result<Reply, EncodeError> {
-        let most = if one { 1 } else { limits::MAX_EXTENTS_SENT };
+        // However many contexts a client chose, its answer is no larger.
+        let most = match one {
+            true => 1,
+            false => (limits::MAX_EXTENTS_SENT / contexts.len().max(1)).max(1),
+        };
         let mut lists = Vec::new();
         for &context in contexts {
             let extents = match self.source.extents(context, range, most).await {

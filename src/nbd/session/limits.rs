@@ -71,3 +71,6 @@ pub const MAX_EXTENTS_SENT: usize = 64 << 10;
 
 /// As server: a write that is refused is read and thrown away up to this multiple of the largest block.
 pub const DRAINED_WRITE_BLOCKS: u64 = 2;
+
+/// As server: the most earlier snapshots since which an export tells what changed, each a metadata context.
+pub const MAX_EARLIER_OFFERED: usize = 128;
