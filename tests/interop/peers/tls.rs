@@ -205,7 +205,7 @@ fn every_tool_changes_a_disk(means: impl Fn(&Lab) -> Means) {
         "" => TlsServer::certificates(credentials, true),
         _ => TlsServer::pre_shared_keys(credentials),
     };
-    let served = Writable::start_with(&lab, Some(tls.unwrap()));
+    let served = Writable::in_memory(&lab, Some(tls.unwrap()));
     let uri = means.libnbd_uri(&served.uri);
     let image = lab.raw("vda.raw", SIZE, 7);
     for connections in ["1", "4"] {
