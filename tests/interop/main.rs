@@ -13,6 +13,7 @@ mod serve;
 mod signal;
 mod source;
 mod sparse;
+mod stress;
 #[path = "../support/mod.rs"]
 mod support;
 mod tls;
