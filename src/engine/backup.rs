@@ -11,6 +11,7 @@ use super::event::{Event, Observer, Warning};
 use super::outcome::{BackupOutcome, DiskBackup};
 use super::read_disk::{ReadDisk, Tally, read_disk};
 use super::source::{BitmapState, OpenSource, SourceSpec};
+use super::stages::SourceMeters;
 use super::walk::Contexts;
 use super::workers::{Workers, blocking};
 use super::{EngineError, selector};
@@ -79,6 +80,7 @@ pub async fn backup(
         observer,
         started: Utc::now(),
         clock: Instant::now(),
+        meters: Arc::default(),
         warnings: Vec::new(),
     };
     let mut opened = Vec::new();
@@ -101,6 +103,7 @@ struct Run<'a> {
     observer: Arc<dyn Observer>,
     started: DateTime<Utc>,
     clock: Instant,
+    meters: Arc<SourceMeters>,
     warnings: Vec<Warning>,
 }
 
@@ -309,6 +312,7 @@ impl Run<'_> {
             session,
             &disk.source.client,
             workers,
+            &self.meters,
             &*self.observer,
             task,
         )
@@ -395,9 +399,17 @@ impl Run<'_> {
             complete: true,
             disks: records,
         };
-        let snapshot = blocking(move || session.commit(draft))
+        let committing = Arc::clone(&session);
+        let snapshot = blocking(move || committing.commit(draft))
             .await?
             .map_err(self.catalog.failed())?;
+        let duration = self.clock.elapsed();
+        let stages = self.meters.with(session.meters());
+        for time in &stages {
+            let (stage, busy) = (time.stage, time.busy);
+            let depth = format_args!("{:.2}", time.depth(duration)).to_string();
+            tracing::debug!(stage, ?busy, depth, "time spent, and how much at a time");
+        }
         Ok(BackupOutcome {
             asked: if self.request.follow.is_some() {
                 BackupKind::Incremental
@@ -409,8 +421,9 @@ impl Run<'_> {
             name: self.request.name.clone(),
             started: self.started,
             finished,
-            duration: self.clock.elapsed(),
+            duration,
             disks: reports,
+            stages,
             warnings: std::mem::take(&mut self.warnings),
         })
     }

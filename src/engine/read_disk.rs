@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use futures::{TryStreamExt, stream};
 use tokio::sync::mpsc;
@@ -11,6 +12,7 @@ use super::EngineError;
 use super::catalog::Catalog;
 use super::event::{Event, Observer, Progress};
 use super::plan::{Action, Geometry};
+use super::stages::SourceMeters;
 use super::walk::{Contexts, Walk, Walked};
 use super::workers::{Workers, blocking};
 use crate::nbd::client::Client;
@@ -59,6 +61,7 @@ pub(super) async fn read_disk(
     session: &Arc<Session>,
     client: &Client,
     workers: &Workers,
+    meters: &Arc<SourceMeters>,
     observer: &dyn Observer,
     task: ReadDisk,
 ) -> Result<(MapRoot, Tally), EngineError> {
@@ -81,6 +84,7 @@ pub(super) async fn read_disk(
         session,
         client,
         workers,
+        meters,
         disk: &disk,
         geometry,
         buffers: Buffers::default(),
@@ -94,6 +98,7 @@ pub(super) async fn read_disk(
         contexts,
         geometry,
         inheritable,
+        meter: &meters.walk,
     };
     let jobs = walk
         .windows()
@@ -160,6 +165,7 @@ struct Reader<'a> {
     session: &'a Arc<Session>,
     client: &'a Client,
     workers: &'a Workers,
+    meters: &'a Arc<SourceMeters>,
     disk: &'a str,
     geometry: Geometry,
     buffers: Buffers,
@@ -177,25 +183,27 @@ impl Reader<'_> {
             Job::Read(chunks) => chunks,
         };
         let range = self.geometry.bytes(&chunks);
-        let reply = self
-            .client
-            .read(range, self.buffers.take())
-            .await
-            .map_err(|cause| EngineError::SourceFailed {
-                disk: self.disk.to_owned(),
-                doing: "reading",
-                range: cause.range().unwrap_or(range),
-                cause: Box::new(cause),
-            })?;
+        let start = Instant::now();
+        let reply = self.client.read(range, self.buffers.take()).await;
+        self.meters.read.since(start);
+        let reply = reply.map_err(|cause| EngineError::SourceFailed {
+            disk: self.disk.to_owned(),
+            doing: "reading",
+            range: cause.range().unwrap_or(range),
+            cause: Box::new(cause),
+        })?;
         if reply.all_hole {
             self.buffers.put(reply.data);
             return Ok(Done::Zero(chunks));
         }
         let session = Arc::clone(self.session);
         let chunk_bytes = self.geometry.chunk_bytes as usize;
+        let meters = Arc::clone(self.meters);
+        let read = Instant::now();
         let (stored, buffer) = self
             .workers
             .run(move || {
+                meters.wait.since(read);
                 let data = reply.data;
                 let stored: Result<Vec<StoredChunk>, RepoError> = data
                     .chunks(chunk_bytes)

@@ -1,10 +1,13 @@
 //! Walks the extents of an export, window by window, and turns them into steps.
 
+use std::time::Instant;
+
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt, TryStreamExt};
 
 use super::EngineError;
 use super::plan::{Geometry, Step, WindowPlan};
+use crate::meter::Meter;
 use crate::nbd::client::{Client, ClientError, ContextExtents};
 use crate::range::ByteRange;
 
@@ -33,6 +36,8 @@ pub(crate) struct Walk<'a> {
     pub(crate) geometry: Geometry,
     /// The chunks that the parent has, from the disk's start.
     pub(crate) inheritable: u64,
+    /// Where the time that the server takes is counted.
+    pub(crate) meter: &'a Meter,
 }
 
 impl<'a> Walk<'a> {
@@ -223,10 +228,12 @@ impl<'a> Walk<'a> {
         range: ByteRange,
         only: Option<usize>,
     ) -> Result<Vec<ContextExtents>, EngineError> {
+        let start = Instant::now();
         let asked = match only {
             Some(context) => self.client.block_status_of(context, range).await,
             None => self.client.block_status(range).await,
         };
+        self.meter.since(start);
         asked.map_err(|fault: ClientError| self.failed(range, fault.into()))
     }
 

@@ -45,7 +45,7 @@ pub use read::{Batcher, ChunkRead, ReadBatch, ReadBuffers};
 pub use rebuild::Rebuilt;
 pub use repository::{InitOptions, Repository, SnapshotList};
 pub use secret::{PasswordCost, Secret, SecretKind};
-pub use session::{Session, SessionOptions, StoredChunk};
+pub use session::{Session, SessionOptions, StoreMeters, StoredChunk};
 pub use snapshot::{
     BackupKind, DiskRecord, DiskStats, MapRoot, Snapshot, SnapshotDraft, WrittenPack,
 };

@@ -140,7 +140,7 @@ fn write_that_fails_fails_the_restore() {
         "memory",
         &size,
         "error-pwrite=ENOSPC",
-        "error-pwrite-rate=2%",
+        "error-pwrite-rate=50%",
     ]);
     let error = lab
         .run(&["restore", &snapshot, "--to", server.uri()])
