@@ -4,6 +4,7 @@ mod crash;
 mod damage;
 mod encryption;
 mod format_doc;
+mod growth;
 mod interleave;
 mod map_model;
 mod prune;
