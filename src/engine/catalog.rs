@@ -182,9 +182,17 @@ impl Catalog {
     /// # Errors
     /// When none or several match, or the repository cannot be read.
     pub async fn find(&self, words: &str) -> Result<Snapshot, EngineError> {
+        self.find_among_all(words).await.map(|(found, _)| found)
+    }
+
+    /// As [`Catalog::find`], with all snapshots that could be read.
+    pub(crate) async fn find_among_all(
+        &self,
+        words: &str,
+    ) -> Result<(Snapshot, Vec<Snapshot>), EngineError> {
         let list = self.snapshots().await?;
         match select(&list.snapshots, words) {
-            Ok(found) => Ok(found.clone()),
+            Ok(found) => Ok((found.clone(), list.snapshots)),
             // A damaged snapshot must not look like one that never was.
             Err(EngineError::SnapshotNotFound(_)) if !list.unreadable.is_empty() => {
                 let (_, cause) = list

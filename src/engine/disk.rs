@@ -8,7 +8,8 @@ use super::plan::Geometry;
 use super::{DiskRecord, EngineError, Snapshot};
 use crate::range::ByteRange;
 use crate::repo::{
-    Batcher, ChunkEntry, ChunkRead, MapReader, ReadBatch, ReadBuffers, RepoError, Repository, Run,
+    Batcher, ChunkEntry, ChunkRead, Compared, Comparison, MapReader, ReadBatch, ReadBuffers,
+    RepoError, Repository, Run,
 };
 
 /// A disk of a snapshot; its calls block.
@@ -62,6 +63,16 @@ impl Disk {
     ) -> impl Iterator<Item = Result<Run, EngineError>> {
         self.map
             .runs(chunks.clone())
+            .map(move |run| run.map_err(|e| self.unrestorable(chunks.clone(), e)))
+    }
+
+    /// What some chunks have in common with those of another disk of the repository.
+    pub(super) fn compared(
+        &self,
+        before: &MapReader,
+        chunks: Range<u64>,
+    ) -> impl Iterator<Item = Result<Compared, EngineError>> {
+        Comparison::of(before, &self.map, chunks.clone())
             .map(move |run| run.map_err(|e| self.unrestorable(chunks.clone(), e)))
     }
 

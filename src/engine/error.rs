@@ -121,6 +121,17 @@ pub enum EngineError {
         #[source]
         cause: io::Error,
     },
+    /// What clients write over a disk cannot be kept, or is not this disk's.
+    #[error("overlay of disk {disk} in {folder}")]
+    Overlay {
+        /// The folder as the user gave it.
+        folder: String,
+        /// The disk's name.
+        disk: String,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
     /// The caller stopped the run.
     #[error("stopped")]
     Stopped,

@@ -1,5 +1,7 @@
 //! What the engine tells its observer while it works; it prints nothing itself.
 
+use std::path::PathBuf;
+
 /// How far a disk's work has come.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -35,6 +37,8 @@ pub struct ServedExport {
     pub uri: String,
     /// The disk's size in bytes.
     pub size_bytes: u64,
+    /// The file that keeps what clients write; `None` where they may only read.
+    pub overlay: Option<PathBuf>,
 }
 
 /// One thing that happened.

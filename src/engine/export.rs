@@ -10,6 +10,7 @@ use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use super::disk::Disk;
 use super::plan::Geometry;
+use super::since::Earlier;
 use super::workers::blocking;
 use super::{Catalog, DiskRecord, EngineError, Snapshot};
 use crate::nbd::server::{ExportSource, NbdError, SourceRead};
@@ -17,9 +18,11 @@ use crate::nbd::session::Extent;
 use crate::range::ByteRange;
 use crate::repo::Run;
 
-/// A read-only export with `base:allocation`.
+/// A read-only export with `base:allocation`, and a `qemu:dirty-bitmap:since-ID` for each earlier snapshot of the disk
+/// that it was given.
 pub struct SnapshotExport {
     disk: Disk,
+    earlier: Arc<[Earlier]>,
     description: String,
     chunks: Arc<Chunks>,
     ahead: Ahead,
@@ -44,6 +47,14 @@ impl SnapshotExport {
         Ok(Self::of(disk, description))
     }
 
+    /// Offers what changed since each of these.
+    pub(super) fn since(self, earlier: Vec<Earlier>) -> Self {
+        Self {
+            earlier: earlier.into(),
+            ..self
+        }
+    }
+
     pub(super) fn of(disk: Disk, mut description: String) -> Self {
         let mut most = MOST_DESCRIPTION.min(description.len());
         while !description.is_char_boundary(most) {
@@ -53,6 +64,7 @@ impl SnapshotExport {
         let chunks = Chunks::new(disk.geometry().chunk_bytes);
         Self {
             disk,
+            earlier: Arc::default(),
             description,
             chunks: Arc::new(chunks),
             ahead: Ahead::default(),
@@ -76,7 +88,10 @@ impl ExportSource for SnapshotExport {
     }
 
     fn contexts(&self) -> Vec<String> {
-        vec!["base:allocation".to_owned()]
+        let earlier = self.earlier.iter().map(Earlier::context);
+        std::iter::once("base:allocation".to_owned())
+            .chain(earlier)
+            .collect()
     }
 
     fn read(&self, range: ByteRange, buf: Vec<u8>) -> BoxFuture<'_, Result<SourceRead, NbdError>> {
@@ -110,16 +125,21 @@ impl ExportSource for SnapshotExport {
 
     fn extents(
         &self,
-        _context: usize,
+        context: usize,
         range: ByteRange,
         most: usize,
     ) -> BoxFuture<'_, Result<Vec<Extent>, NbdError>> {
-        let disk = self.disk.clone();
+        let (disk, earlier) = (self.disk.clone(), Arc::clone(&self.earlier));
         let fault = Arc::clone(&self.fault);
         async move {
-            let extents = blocking(move || extents(&disk, range, most))
-                .await
-                .and_then(|found| found);
+            let found = blocking(
+                move || match context.checked_sub(1).map(|at| earlier.get(at)) {
+                    None => extents(&disk, range, most),
+                    Some(Some(earlier)) => earlier.extents(&disk, range, most),
+                    Some(None) => Ok(Vec::new()),
+                },
+            );
+            let extents = found.await.and_then(|found| found);
             extents.map_err(|error| told(error, &fault))
         }
         .boxed()
@@ -171,28 +191,53 @@ fn read(disk: &Disk, chunks: &Chunks, range: ByteRange) -> Result<Vec<Part>, Eng
 
 fn extents(disk: &Disk, range: ByteRange, most: usize) -> Result<Vec<Extent>, EngineError> {
     let geometry = disk.geometry();
-    let mut extents: Vec<Extent> = Vec::new();
+    let mut extents = Extents::new(range, most);
     // An extended request may ask for all of a disk, and may be told of less.
     for run in disk.runs(geometry.chunks_of(range)).take(MOST_RUNS) {
         let run = run?;
-        let Some(range) = bytes_of(&run, geometry).intersect(range) else {
-            continue;
+        let flags = match run {
+            Run::Hole { .. } => HOLE_ZERO,
+            Run::Chunk { .. } => 0,
         };
-        let full = extents.len() == most;
-        let flags = if matches!(run, Run::Hole { .. }) {
-            HOLE_ZERO
-        } else {
-            0
+        if !extents.add(bytes_of(&run, geometry), flags) {
+            break;
+        }
+    }
+    Ok(extents.found)
+}
+
+/// The extents of a range, as they are found in their order.
+pub(super) struct Extents {
+    pub(super) found: Vec<Extent>,
+    range: ByteRange,
+    most: usize,
+}
+
+impl Extents {
+    pub(super) fn new(range: ByteRange, most: usize) -> Self {
+        Self {
+            found: Vec::new(),
+            range,
+            most,
+        }
+    }
+
+    /// Adds the part that lies in the range, behind the others, as part of the last one if it is alike; false if that
+    /// would be one too many.
+    pub(super) fn add(&mut self, range: ByteRange, flags: u64) -> bool {
+        let Some(range) = range.intersect(self.range) else {
+            return true;
         };
-        match extents.last_mut() {
+        let full = self.found.len() == self.most;
+        match self.found.last_mut() {
             Some(last) if last.flags == flags => {
                 last.range = ByteRange::new(last.range.start(), range.end()).unwrap_or(last.range);
             }
-            _ if full => break,
-            _ => extents.push(Extent { range, flags }),
+            _ if full => return false,
+            _ => self.found.push(Extent { range, flags }),
         }
+        true
     }
-    Ok(extents)
 }
 
 fn bytes_of(run: &Run, geometry: Geometry) -> ByteRange {
@@ -371,7 +416,7 @@ const AHEAD_BYTES: u64 = 2 << 20;
 /// The bytes of buffers that one export keeps for use again.
 const FREE_BYTES: u64 = 8 << 20;
 /// The runs of a map that are walked for one answer of extents: 32 GiB of data in chunks of 128 KiB.
-const MOST_RUNS: usize = 1 << 18;
+pub(super) const MOST_RUNS: usize = 1 << 18;
 /// The protocol's limit of a description.
 const MOST_DESCRIPTION: usize = 4096;
 /// Both bits of `base:allocation`.

@@ -5,8 +5,9 @@ use std::time::Duration;
 use super::EngineError;
 use super::source::{OpenSource, Place, SourceSpec};
 use super::walk::{DIRTY, ZERO};
-use crate::nbd::client::{Client, ClientOptions, Export, list};
+use crate::nbd::client::{Client, ClientError, ClientOptions, Export, list};
 use crate::nbd::session::BlockSize;
+use crate::nbd::uri::NbdUri;
 use crate::nbd::wire::TransmissionFlags;
 use crate::range::ByteRange;
 
@@ -129,7 +130,7 @@ async fn listed(source: &SourceSpec) -> Result<Vec<ExportInfo>, EngineError> {
     let exports = found
         .into_iter()
         .filter(|e| uri.export.is_empty() || e.name == uri.export);
-    Ok(exports
+    let mut exports: Vec<ExportInfo> = exports
         .filter_map(|e| {
             let details = e.details.ok()?;
             Some(ExportInfo {
@@ -143,7 +144,23 @@ async fn listed(source: &SourceSpec) -> Result<Vec<ExportInfo>, EngineError> {
                 tls: uri.tls.is_some(),
             })
         })
-        .collect())
+        .collect();
+    for export in exports.iter_mut().filter(|e| e.size_bytes == 0) {
+        let uri = NbdUri {
+            export: export.name.clone(),
+            ..uri.clone()
+        };
+        export.size_bytes = size_in_earnest(&uri).await.unwrap_or(0);
+    }
+    Ok(exports)
+}
+
+/// Asks for a size by `GO`: nbd-server says zero in its answer to `INFO`.
+async fn size_in_earnest(uri: &NbdUri) -> Result<u64, ClientError> {
+    let client = Client::connect(uri, &ClientOptions::default()).await?;
+    let size = client.export().size_bytes;
+    client.close().await?;
+    Ok(size)
 }
 
 async fn ask(
@@ -155,7 +172,12 @@ async fn ask(
     let export = open.client.export();
     let tls = matches!(request.source.place(), Place::Nbd(uri) if uri.tls.is_some());
     match outcome.exports.iter_mut().find(|e| e.name == export.name) {
-        Some(known) => known.structured_replies = Some(export.structured),
+        Some(known) => {
+            known.structured_replies = Some(export.structured);
+            // Some servers tell the size only to those who stay.
+            known.size_bytes = export.size_bytes;
+            known.flags = flag_names(export.flags);
+        }
         None => outcome.exports.push(described(export, tls)),
     }
     if let Some(context) = bitmap_context

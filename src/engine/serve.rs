@@ -3,18 +3,22 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::EngineError;
 use super::catalog::{Catalog, disk_of};
 use super::disk::Disk;
-use super::event::{Event, Observer, ServedExport};
+use super::event::{Event, Observer, ServedExport, Warning};
 use super::export::SnapshotExport;
 use super::outcome::ServeOutcome;
+use super::overlay::{Belongs, OverlayExport};
+use super::since::Earlier;
+use super::workers::blocking;
+use super::{DiskRecord, EngineError, Snapshot};
 use crate::nbd::server::{ExportSource, Server, ServerOptions};
 use crate::nbd::tls::{TlsError, TlsServer};
 use crate::nbd::transport::Listener;
@@ -33,6 +37,10 @@ pub struct ServeRequest {
     pub tls: Option<ServeTls>,
     /// Whether to serve beyond this machine without TLS.
     pub insecure: bool,
+    /// A folder that keeps what clients write over the disks; `None` lets them only read.
+    pub writable: Option<PathBuf>,
+    /// After how long without a client to end; `None` goes on until it is ended.
+    pub idle_exit: Option<Duration>,
 }
 
 /// How a server and its clients know each other.
@@ -81,28 +89,42 @@ pub async fn serve(
     let tls = request.tls.as_ref().map(ServeTls::load).transpose();
     let options = ServerOptions {
         tls: tls.map_err(|e| failed(io::Error::other(e)))?,
-        ..ServerOptions::default()
+        idle_exit: request.idle_exit,
+        ..server_options()
     };
-    let snapshot = catalog.find(&request.snapshot).await?;
+    let (snapshot, all) = catalog.find_among_all(&request.snapshot).await?;
     let _pin = catalog.pin(&snapshot).await?;
     let records: Vec<_> = match &request.disk {
         Some(name) => vec![disk_of(&snapshot, Some(name))?],
         None => snapshot.draft.disks.iter().collect(),
     };
     let mut exports: Vec<(String, Arc<dyn ExportSource>)> = Vec::new();
+    let mut overlays = Vec::new();
     for record in &records {
-        exports.push((
-            record.disk.clone(),
-            Arc::new(SnapshotExport::new(catalog, &snapshot, record)?),
-        ));
+        let earlier = Earlier::of(catalog, &all, &snapshot.draft.name, record)?;
+        let export = Arc::new(SnapshotExport::new(catalog, &snapshot, record)?.since(earlier));
+        let Some(folder) = &request.writable else {
+            exports.push((record.disk.clone(), export));
+            continue;
+        };
+        let (overlay, path) = overlay(catalog, &snapshot, record, export, folder).await?;
+        exports.push((record.disk.clone(), Arc::clone(&overlay) as _));
+        overlays.push((overlay, path));
     }
+    drop(all);
     let secure = options.tls.is_some();
     let server = Server::new(exports, options).map_err(|e| failed(io::Error::other(e)))?;
-    let listener = bind(&endpoint, secure || request.insecure)
-        .await
-        .map_err(failed)?;
+    let open = !secure && !is_local(&endpoint).await.map_err(failed)?;
+    if open && !request.insecure {
+        return Err(failed(io::Error::other(
+            "other machines could read the disks without TLS; use --tls-certificates, localhost, a Unix socket, or --insecure",
+        )));
+    }
+    let listener = Listener::bind(&endpoint).await.map_err(failed)?;
     let bound = listener.endpoint().map_err(failed)?;
+    let mut paths = overlays.iter().map(|(_, path)| path.clone());
     let served = records.iter().map(|record| ServedExport {
+        overlay: paths.next(),
         name: record.disk.clone(),
         uri: NbdUri {
             endpoint: bound.clone(),
@@ -112,14 +134,68 @@ pub async fn serve(
         .to_string(),
         size_bytes: record.size_bytes,
     });
-    observer.observe(Event::Serving(served.collect()));
+    let served = served.collect();
+    if open {
+        observer.observe(Event::Warning(Warning {
+            code: "insecure",
+            disk: None,
+            message: format!(
+                "whoever reaches {} can read the disks{}: they are served without TLS",
+                request.address,
+                if request.writable.is_some() {
+                    ", and write over them"
+                } else {
+                    ""
+                }
+            ),
+        }));
+    }
+    observer.observe(Event::Serving(served));
     server.serve(listener, ended).await;
+    for ((overlay, _), record) in overlays.iter().zip(&records) {
+        // What a client did not flush is kept too if the server ends well.
+        let kept = overlay.commit().await;
+        kept.map_err(|fault| overlay_failed(&request.writable, record)(io::Error::other(fault)))?;
+    }
     Ok(ServeOutcome {
         repository: catalog.path().to_owned(),
         snapshot: snapshot.id.to_string(),
         address: request.address,
         duration: clock.elapsed(),
     })
+}
+
+/// Puts what clients write into a folder, over a disk that stays as it is.
+async fn overlay(
+    catalog: &Catalog,
+    snapshot: &Snapshot,
+    record: &DiskRecord,
+    base: Arc<SnapshotExport>,
+    folder: &Path,
+) -> Result<(Arc<OverlayExport>, PathBuf), EngineError> {
+    let belongs = Belongs {
+        repository: *catalog.repository().uuid().as_bytes(),
+        snapshot: *snapshot.id.as_bytes(),
+        disk: record.disk.clone(),
+    };
+    let written = super::since::context(&snapshot.id);
+    let folder = folder.to_owned();
+    let opened = blocking(move || OverlayExport::open(&folder, belongs, base, written));
+    let (overlay, path) = opened.await??;
+    Ok((Arc::new(overlay), path))
+}
+
+fn overlay_failed(
+    folder: &Option<PathBuf>,
+    record: &DiskRecord,
+) -> impl Fn(io::Error) -> EngineError {
+    let folder = folder.as_deref().unwrap_or(Path::new("")).display();
+    let (folder, disk) = (folder.to_string(), record.disk.clone());
+    move |cause| EngineError::Overlay {
+        folder: folder.clone(),
+        disk: disk.clone(),
+        cause,
+    }
 }
 
 /// A disk that is served on a socket that only this user can reach.
@@ -221,15 +297,38 @@ fn endpoint(address: &str, secure: bool) -> Result<Endpoint, EngineError> {
     })
 }
 
-/// Listens, where other machines cannot reach or may.
-async fn bind(endpoint: &Endpoint, anywhere: bool) -> io::Result<Listener> {
-    if let Endpoint::Tcp { host, port } = endpoint {
-        let mut addresses = tokio::net::lookup_host((host.as_str(), *port)).await?;
-        if !anywhere && !addresses.all(|a| a.ip().is_loopback()) {
-            return Err(io::Error::other(
-                "other machines could read the disks without TLS; use --tls-certificates, localhost, a Unix socket, or --insecure",
-            ));
+/// Whether only this machine can reach a place.
+async fn is_local(endpoint: &Endpoint) -> io::Result<bool> {
+    Ok(match endpoint {
+        Endpoint::Unix(_) => true,
+        Endpoint::Tcp { host, port } => {
+            let mut addresses = tokio::net::lookup_host((host.as_str(), *port)).await?;
+            addresses.all(|address| address.ip().is_loopback())
         }
-    }
-    Listener::bind(endpoint).await
+    })
 }
+
+/// The usual options, with no more clients than this process may have open files for, of which it takes all it may.
+fn server_options() -> ServerOptions {
+    let options = ServerOptions::default();
+    let limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.unwrap_or(u64::MAX);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    let files = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => most,
+        Err(_) => limit.current.unwrap_or(u64::MAX),
+    };
+    let clients = (files - FILES_OF_OTHERS.min(files / 2)).max(1);
+    ServerOptions {
+        max_connections: options
+            .max_connections
+            .min(usize::try_from(clients).unwrap_or(usize::MAX)),
+        ..options
+    }
+}
+
+/// The open files that are left for the repository, overlays and threads.
+const FILES_OF_OTHERS: u64 = 256;

@@ -5,8 +5,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
-use rustix::net::sockopt::set_socket_send_buffer_size;
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
@@ -69,6 +70,11 @@ impl Stream {
 
     fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
+        // A peer that is gone without a word is noticed though nothing is to be sent.
+        sockopt::set_socket_keepalive(&stream, true)?;
+        sockopt::set_tcp_keepidle(&stream, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(&stream, KEEPALIVE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(&stream, KEEPALIVE_COUNT)?;
         Ok(Self::Tcp(stream))
     }
 }
@@ -189,7 +195,7 @@ impl Listener {
             ListenerSocket::Unix { listener, .. } => {
                 let (stream, _) = listener.accept().await?;
                 // Advice: where the system allows less, it gives what it allows.
-                let _ = set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER);
+                let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER);
                 let peer = match stream.peer_cred() {
                     Ok(cred) => format!("uid {} over a Unix socket", cred.uid()),
                     Err(_) => "Unix socket".to_owned(),
@@ -257,6 +263,9 @@ pub(super) async fn write_slices(
 }
 
 const SLICES_AT_ONCE: usize = 64;
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_COUNT: u32 = 6;
 /// Room for some long replies, so that a sender does not stop in the midst of each; as much as QEMU's servers ask for.
 const UNIX_SEND_BUFFER: usize = 2 << 20;
 

@@ -126,6 +126,18 @@ impl From<&EngineError> for Failure {
                 ("target-failed", 1, false, Some("the target is incomplete"))
             }
             EngineError::Serve { .. } => ("serve-failed", 1, false, None),
+            EngineError::Overlay { cause, .. } if is_full(cause) => (
+                "no-room",
+                14,
+                true,
+                Some("free room where the overlay lies"),
+            ),
+            EngineError::Overlay { .. } => (
+                "overlay-failed",
+                1,
+                false,
+                Some("what was flushed before is kept; another folder starts a new overlay"),
+            ),
             _ => return Self::internal(chain(error)),
         };
         Self {

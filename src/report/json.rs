@@ -115,6 +115,8 @@ struct ServedExportLine {
     name: String,
     uri: String,
     size_bytes: u64,
+    writable: bool,
+    overlay: Option<String>,
 }
 
 impl From<&[ServedExport]> for ServingLine {
@@ -123,6 +125,8 @@ impl From<&[ServedExport]> for ServingLine {
             name: e.name.clone(),
             uri: e.uri.clone(),
             size_bytes: e.size_bytes,
+            writable: e.overlay.is_some(),
+            overlay: e.overlay.as_ref().map(|path| path.display().to_string()),
         };
         Self {
             exports: exports.iter().map(line).collect(),

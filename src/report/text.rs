@@ -83,7 +83,13 @@ pub(super) fn progress_line(p: &Progress) -> String {
 pub(super) fn serving(exports: &[ServedExport]) -> String {
     exports
         .iter()
-        .map(|e| format!("{} ({})\n", e.uri, HumanBytes(e.size_bytes)))
+        .map(|e| {
+            let overlay = e.overlay.as_ref().map(|path| path.display().to_string());
+            let kept = overlay.map_or(String::new(), |path| {
+                format!(", writes go to {}", printable(&path))
+            });
+            format!("{} ({}{kept})\n", e.uri, HumanBytes(e.size_bytes))
+        })
         .collect()
 }
 

@@ -2,15 +2,19 @@
 
 mod chain;
 mod crash;
+mod crowd;
 mod damage;
 mod fallback;
 mod live;
 mod nbd_faults;
 mod nbd_restore;
+mod overlay;
+mod peers;
 mod resize;
 mod restore;
 mod serve;
 mod signal;
+mod since;
 mod source;
 mod sparse;
 mod stress;

@@ -2,8 +2,11 @@
 
 mod crash;
 mod damage;
+#[path = "../support/fuzz.rs"]
+mod drive;
 mod encryption;
 mod format_doc;
+mod fuzz;
 mod growth;
 mod interleave;
 mod map_model;

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use nbdbackup::repo::{
-    ChunkEntry, MapReader, MapRoot, RepoError, Repository, Run, Session, SnapshotId, changed,
+    ChunkEntry, Comparison, MapReader, MapRoot, RepoError, Repository, Run, Session, SnapshotId,
+    changed,
 };
 
 use crate::support::*;
@@ -41,7 +42,7 @@ fn random_updates_read_as_the_model_has_them() {
             assert_reads_as(&repo, &snapshot.id, &model, &mut rng);
             ids.push(snapshot.id);
             if let Some((before, before_root)) = &parent {
-                assert_differs_as(&repo, (before, before_root), (&model, &root));
+                assert_differs_as(&repo, (before, before_root), (&model, &root), &mut rng);
             }
             // A map of the same content has the same identifier, however it was written.
             let session = repo.begin(&small_session()).unwrap();
@@ -183,7 +184,12 @@ fn assert_runs_as(repo: &Repository, map: &MapReader, model: &Model, range: Rang
     );
 }
 
-fn assert_differs_as(repo: &Repository, before: (&Model, &MapRoot), after: (&Model, &MapRoot)) {
+fn assert_differs_as(
+    repo: &Repository,
+    before: (&Model, &MapRoot),
+    after: (&Model, &MapRoot),
+    rng: &mut Rng,
+) {
     let maps = [before, after].map(|(model, root)| repo.map(root, model.bytes()).unwrap());
     let mut found = Vec::new();
     changed(&maps[0], &maps[1], &mut |range| {
@@ -202,6 +208,23 @@ fn assert_differs_as(repo: &Repository, before: (&Model, &MapRoot), after: (&Mod
         .map(|n| n as u64)
         .collect();
     assert_eq!(found, want);
+    for _ in 0..20 {
+        let start = rng.below(len as u64 + 1);
+        let end = start + rng.below(len as u64 + 1 - start);
+        let (mut at, mut found) = (start, Vec::new());
+        for run in Comparison::of(&maps[0], &maps[1], start..end) {
+            let run = run.unwrap();
+            assert_eq!(run.chunks.start, at);
+            assert!(!run.chunks.is_empty());
+            at = run.chunks.end;
+            if !run.same {
+                found.extend(run.chunks);
+            }
+        }
+        assert_eq!(at, end);
+        let within = want.iter().copied().filter(|n| (start..end).contains(n));
+        assert_eq!(found, within.collect::<Vec<_>>(), "{start}..{end}");
+    }
 }
 
 #[test]

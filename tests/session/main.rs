@@ -7,7 +7,10 @@ mod certificates;
 mod changes;
 mod client_faults;
 mod client_handshake;
+mod crowd;
 mod disk;
+#[path = "../support/fuzz.rs"]
+mod drive;
 mod extended;
 mod fuzz;
 mod protocol_doc;

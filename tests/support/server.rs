@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -54,6 +55,38 @@ impl Server {
         Self::start(listener.into(), uri, log, "qemu-nbd", &args)
     }
 
+    /// Starts the `qemu-nbd` 7.2 that `tests/setup.sh` unpacked, read-only and with several clients.
+    pub(crate) fn old_qemu_nbd(socket: &str, export: &str, args: &[&str]) -> Self {
+        let args = [QEMU_NBD, &["-x", export], args].concat();
+        Self::start(
+            listen(socket),
+            uri(socket, export),
+            socket,
+            OLD_QEMU_NBD,
+            &args,
+        )
+    }
+
+    /// Starts that `qemu-nbd` for an export that clients may write.
+    pub(crate) fn old_qemu_nbd_writable(socket: &str, export: &str, args: &[&str]) -> Self {
+        let args = [&["--persistent", "--shared=8", "-x", export], args].concat();
+        Self::start(
+            listen(socket),
+            uri(socket, export),
+            socket,
+            OLD_QEMU_NBD,
+            &args,
+        )
+    }
+
+    /// Starts `nbdkit` with its default export on a TCP port of its own; `log` is where its stderr goes.
+    pub(crate) fn nbdkit_tcp(log: &str, args: &[&str]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let uri = format!("nbd://{}/", listener.local_addr().unwrap());
+        let args = [&["--foreground"], args].concat();
+        Self::start(listener.into(), uri, log, "nbdkit", &args)
+    }
+
     /// Starts `nbdkit` with its default export on a Unix socket.
     pub(crate) fn nbdkit(socket: &str, args: &[&str]) -> Self {
         Self::start(
@@ -73,6 +106,15 @@ impl Server {
     /// What the server said on stderr so far.
     pub(crate) fn stderr(&self) -> String {
         std::fs::read_to_string(&self.stderr).unwrap()
+    }
+
+    /// Waits until the server ends by itself.
+    pub(crate) fn wait(&mut self) {
+        let end = Instant::now() + Duration::from_secs(60);
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < end, "the server stays");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Ends the server at once, as a crash would.
@@ -100,6 +142,12 @@ impl Server {
         Self { child, uri, stderr }
     }
 }
+
+/// Where `tests/setup.sh` unpacked Debian 12's own QEMU tools.
+pub(crate) const OLD_QEMU_NBD: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/target/peers/qemu-7.2/usr/bin/qemu-nbd"
+);
 
 const QEMU_NBD: &[&str] = &["--read-only", "--persistent", "--shared=8"];
 

@@ -1,6 +1,7 @@
 //! `nbdbackup restore`
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::cli::args::{Global, Restore};
 use crate::cli::config;
@@ -42,6 +43,8 @@ pub(super) async fn serve(
         address: args.serve.clone().unwrap_or_default(),
         tls: tls(args),
         insecure: args.insecure,
+        writable: args.writable.clone(),
+        idle_exit: args.idle_exit.map(Duration::from_secs_f64),
     };
     let catalog = config::open(global).await?;
     let ended = async {

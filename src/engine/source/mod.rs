@@ -13,6 +13,7 @@ use crate::nbd::client::{Client, ClientError, ClientOptions};
 use crate::nbd::server::{ExportSource, Server, ServerOptions};
 use crate::nbd::uri::{Endpoint, NbdUri};
 use crate::qemu::{ImageBitmap, ImageFormat, QemuNbd, bitmaps};
+use crate::range::ByteRange;
 use raw::RawExport;
 
 /// A source as the user named it.
@@ -171,6 +172,9 @@ impl SourceSpec {
                 let client = Client::connect(uri, &options)
                     .await
                     .map_err(|e| self.unreachable(e))?;
+                if uri.tls.is_none() {
+                    self.check_for_dummy(&client).await?;
+                }
                 Ok(OpenSource {
                     client,
                     keeper: Keeper::Elsewhere,
@@ -197,6 +201,23 @@ impl SourceSpec {
                 }
             },
         }
+    }
+
+    /// Refuses the stand-in that nbdkit's filter tls-fallback shows to clients without TLS: a backup of it would succeed.
+    async fn check_for_dummy(&self, client: &Client) -> Result<(), EngineError> {
+        let whole = ByteRange::new(0, client.export().size_bytes);
+        let Some(whole) = whole.filter(|r| r.len() == TLS_DUMMY_BYTES) else {
+            return Ok(());
+        };
+        let reply = client.read(whole, Vec::new()).await;
+        let reply = reply.map_err(|e| self.unreachable(e))?;
+        if reply.data.starts_with(TLS_DUMMY) {
+            return Err(self.unreachable(
+                "the server shows the disk only over TLS, and a stand-in of 512 bytes without: use an nbds URI"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
     }
 
     /// Serves a raw file from within this process: the client then finds its holes as with any server.
@@ -257,5 +278,8 @@ impl OpenSource {
     }
 }
 
+/// The size and first words of that stand-in.
+const TLS_DUMMY_BYTES: u64 = 512;
+const TLS_DUMMY: &[u8] = b"This NBD server requires TLS";
 /// How long to wait for a server of our own.
 const IMAGE_RETRY: Duration = Duration::from_secs(2);

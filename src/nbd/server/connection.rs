@@ -14,6 +14,7 @@ use super::super::transport::{ReadHalf, Stream, WriteHalf};
 use super::super::wire::ErrorCode;
 use super::reply::{self, Answered, Reply};
 use super::requests::{Brought, Pool, Requests};
+use super::stall::Stalling;
 use super::{ServeError, Shared};
 
 /// Serves a client until it leaves or `stopping` becomes true.
@@ -59,8 +60,15 @@ async fn handshake(
         stream.write_all(&out).await.map_err(&sending)?;
         stream.flush().await.map_err(&sending)?;
         out.clear();
-        bytes.resize(state.wanted(), 0);
-        stream.read_exact(&mut bytes).await.map_err(&receiving)?;
+        let wanted = state.wanted();
+        bytes.clear();
+        while bytes.len() < wanted {
+            // What a client announces takes room only as it comes.
+            let from = bytes.len();
+            bytes.resize(wanted.min(from + limits::OPTION_STEP), 0);
+            let more = bytes.get_mut(from..).unwrap_or_default();
+            stream.read_exact(more).await.map_err(&receiving)?;
+        }
         let step = state.handle(&bytes, &shared.catalog, &mut out);
         match step? {
             Step::Next(next) => state = next,
@@ -113,11 +121,13 @@ async fn transmit(
         contexts: agreed.contexts.clone(),
     };
     let (replies, queue) = mpsc::channel(shared.options.requests_per_connection.max(1));
-    let pool = Pool::default();
+    let pool = shared.total.pool.clone();
+    let write = Stalling::new(write, shared.options.stall_timeout);
     let writer = tokio::spawn(write_replies(write, queue, pool.clone()));
-    let mut requests = Requests::new(Arc::clone(source), &shared.options, replies, pool);
+    let mut requests = Requests::new(Arc::clone(source), shared, replies, pool);
+    let wait = shared.options.stall_timeout;
     let taken = tokio::select! {
-        taken = take_requests(read, &rules, &mut requests, stopping.clone()) => taken,
+        taken = take_requests(read, &rules, &mut requests, stopping.clone(), wait) => taken,
         // A client within a message gets a moment to end it, so that it can be told.
         () = async {
             // The server that is gone does not wait either.
@@ -143,6 +153,7 @@ async fn take_requests(
     rules: &Rules,
     requests: &mut Requests,
     mut stopping: watch::Receiver<bool>,
+    wait: Duration,
 ) -> Result<(), ServeError> {
     let receiving = ServeError::io("receiving requests");
     let mut read = BufReader::with_capacity(REQUEST_BUFFER, read);
@@ -162,11 +173,11 @@ async fn take_requests(
             () = requests.closed() => return Ok(()),
             _ = stopping.wait_for(|stop| *stop) => return Ok(()),
         }
-        read.read_exact(&mut header).await.map_err(&receiving)?;
+        in_time(wait, 0, read.read_exact(&mut header)).await?;
         let Judged {
             cookie,
             offset,
-            mut payload,
+            payload,
             mut verdict,
         } = rules.judge(&header)?;
         let to = Answered {
@@ -177,37 +188,54 @@ async fn take_requests(
         if *stopping.borrow() && verdict != Verdict::Disconnect {
             verdict = Verdict::Refuse(ErrorCode::ESHUTDOWN, "the server is about to end");
         }
+        let Some(turn) = requests.turn().await else {
+            return Ok(());
+        };
         let mut brought = Brought {
             data: Vec::new(),
-            permits: vec![place],
+            permits: vec![place, turn],
         };
         match verdict {
             Verdict::Disconnect => return Ok(()),
             Verdict::Write { .. } => {
                 let (mut data, room) = requests.room(payload).await;
-                read_payload(&mut read, &mut data, payload)
-                    .await
-                    .map_err(&receiving)?;
+                in_time(wait, payload, read_payload(&mut read, &mut data, payload)).await?;
                 brought.data = data;
                 brought.permits.extend(room);
             }
             Verdict::StatusOf { offset, one } => {
                 waste.clear();
-                read_payload(&mut read, &mut waste, payload)
-                    .await
-                    .map_err(&receiving)?;
+                in_time(wait, payload, read_payload(&mut read, &mut waste, payload)).await?;
                 verdict = rules.judge_filter(offset, one, &waste);
             }
             _ => {
-                while payload > 0 {
-                    let step = payload.min(limits::DRAIN_STEP as u64);
-                    waste.resize(step as usize, 0);
-                    read.read_exact(&mut waste).await.map_err(&receiving)?;
-                    payload -= step;
-                }
+                in_time(wait, payload, async {
+                    let mut left = payload;
+                    while left > 0 {
+                        let step = left.min(limits::DRAIN_STEP as u64);
+                        waste.resize(step as usize, 0);
+                        read.read_exact(&mut waste).await?;
+                        left -= step;
+                    }
+                    Ok(())
+                })
+                .await?;
             }
         }
         requests.start(to, verdict, brought);
+    }
+}
+
+/// Receives the rest of a message, which a client that began it has to send, in some time for each part of it.
+async fn in_time<T>(
+    wait: Duration,
+    length: u64,
+    read: impl Future<Output = std::io::Result<T>>,
+) -> Result<T, ServeError> {
+    let wait = wait.saturating_add(Duration::from_secs(length / limits::LEAST_RATE));
+    match timeout(wait, read).await {
+        Ok(read) => read.map_err(ServeError::io("receiving requests")),
+        Err(_) => Err(ServeError::MessageTimedOut(wait)),
     }
 }
 
@@ -232,7 +260,7 @@ async fn read_payload(
 
 /// Sends replies as they are queued, many in one go.
 async fn write_replies(
-    mut write: WriteHalf,
+    mut write: Stalling<WriteHalf>,
     mut queue: mpsc::Receiver<Reply>,
     pool: Pool,
 ) -> std::io::Result<()> {

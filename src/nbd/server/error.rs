@@ -15,6 +15,9 @@ pub enum ServeError {
     /// The client was too slow in the handshake.
     #[error("client did not finish the handshake within {} seconds", .0.as_secs_f64())]
     HandshakeTimedOut(Duration),
+    /// The client began a message and did not end it.
+    #[error("client did not end a message within {} seconds", .0.as_secs_f64())]
+    MessageTimedOut(Duration),
     /// The client did not get through the TLS handshake.
     #[error(transparent)]
     Tls(#[from] TlsError),

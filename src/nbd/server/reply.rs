@@ -159,7 +159,7 @@ impl Reply {
 
     /// Keeps what the request holds until the reply is sent.
     pub(super) fn holding(mut self, permits: Vec<OwnedSemaphorePermit>) -> Self {
-        self.permits = permits;
+        self.permits.extend(permits);
         self
     }
 

@@ -11,7 +11,7 @@ use super::super::session::server::Verdict;
 use super::super::session::{Extent, limits};
 use super::super::wire::{Dialect, EncodeError, ErrorCode};
 use super::reply::{Answered, Reply};
-use super::{ExportSource, NbdError, ServerOptions, SourceRead};
+use super::{ExportSource, NbdError, Shared, SourceRead};
 use crate::range::ByteRange;
 
 /// The requests of one client that are being worked on.
@@ -20,6 +20,7 @@ pub(super) struct Requests {
     places: Arc<Semaphore>,
     /// The bytes of writes that may be held; their own, so that a write never waits for a reply to be taken.
     writes: Arc<Semaphore>,
+    shared: Arc<Shared>,
     running: JoinSet<()>,
 }
 
@@ -35,6 +36,7 @@ pub(super) struct Brought {
 struct Work {
     source: Arc<dyn ExportSource>,
     bytes: Arc<Semaphore>,
+    bytes_of_all: Arc<Semaphore>,
     most_bytes: u32,
     replies: mpsc::Sender<Reply>,
     pool: Pool,
@@ -43,22 +45,25 @@ struct Work {
 impl Requests {
     pub(super) fn new(
         source: Arc<dyn ExportSource>,
-        options: &ServerOptions,
+        shared: &Arc<Shared>,
         replies: mpsc::Sender<Reply>,
         pool: Pool,
     ) -> Self {
+        let options = &shared.options;
         let most_bytes = u32::try_from(options.bytes_per_connection).unwrap_or(u32::MAX);
         let most_bytes = most_bytes.clamp(1, u32::MAX >> 3);
         Self {
             work: Arc::new(Work {
                 source,
                 bytes: Arc::new(Semaphore::new(most_bytes as usize)),
+                bytes_of_all: Arc::clone(&shared.total.reads),
                 most_bytes,
                 replies,
                 pool,
             }),
             writes: Arc::new(Semaphore::new(most_bytes as usize)),
             places: Arc::new(Semaphore::new(options.requests_per_connection.max(1))),
+            shared: Arc::clone(shared),
             running: JoinSet::new(),
         }
     }
@@ -71,12 +76,20 @@ impl Requests {
         }
     }
 
+    /// Waits for a turn among the requests of all clients; `None` if no reply can be sent any more.
+    pub(super) async fn turn(&self) -> Option<OwnedSemaphorePermit> {
+        tokio::select! {
+            turn = Arc::clone(&self.shared.total.requests).acquire_owned() => turn.ok(),
+            () = self.closed() => None,
+        }
+    }
+
     /// Waits for room for the payload of a write, and returns a buffer for it; the room is held with the place.
-    pub(super) async fn room(&self, length: u64) -> (Vec<u8>, Option<OwnedSemaphorePermit>) {
-        let most = self.work.most_bytes;
-        let wanted = u32::try_from(length).map_or(most, |length| length.min(most));
-        let held = Arc::clone(&self.writes).acquire_many_owned(wanted).await;
-        (self.work.pool.take(), held.ok())
+    pub(super) async fn room(&self, length: u64) -> (Vec<u8>, Vec<OwnedSemaphorePermit>) {
+        let held = self
+            .work
+            .held(length, &self.writes, &self.shared.total.writes);
+        (self.work.pool.take(), held.await)
     }
 
     /// Waits until no reply can be sent any more.
@@ -105,6 +118,21 @@ impl Requests {
 }
 
 impl Work {
+    /// Waits for room for bytes, among those of this client and then among those of all.
+    async fn held(
+        &self,
+        length: u64,
+        own: &Arc<Semaphore>,
+        all: &Arc<Semaphore>,
+    ) -> Vec<OwnedSemaphorePermit> {
+        let most = self.most_bytes;
+        let wanted = u32::try_from(length).map_or(most, |length| length.min(most));
+        let mut held = Vec::new();
+        held.extend(Arc::clone(own).acquire_many_owned(wanted).await);
+        held.extend(Arc::clone(all).acquire_many_owned(wanted).await);
+        held
+    }
+
     async fn answer(&self, to: Answered, verdict: Verdict, brought: Brought) {
         let Brought { data, permits } = brought;
         let reply = match verdict {
@@ -154,10 +182,9 @@ impl Work {
         };
         for piece in range.split(step) {
             let done = piece.end() == range.end();
-            let wanted =
-                u32::try_from(piece.len()).map_or(self.most_bytes, |b| b.min(self.most_bytes));
-            let held = Arc::clone(&self.bytes).acquire_many_owned(wanted).await;
-            let mut permits: Vec<_> = held.into_iter().collect();
+            let mut permits = self
+                .held(piece.len(), &self.bytes, &self.bytes_of_all)
+                .await;
             if done {
                 permits.append(&mut brought);
             }
@@ -188,7 +215,19 @@ impl Work {
         one: bool,
         contexts: &[usize],
     ) -> Result<Reply, EncodeError> {
-        let most = if one { 1 } else { limits::MAX_EXTENTS_SENT };
+        // However many contexts a client chose, its answer is no larger.
+        let most = match one {
+            true => 1,
+            false => (limits::MAX_EXTENTS_SENT / contexts.len().max(1)).max(1),
+        };
+        let extents = most.saturating_mul(contexts.len()) as u64;
+        let held = self
+            .held(
+                extents.saturating_mul(EXTENT_BYTES),
+                &self.bytes,
+                &self.bytes_of_all,
+            )
+            .await;
         let mut lists = Vec::new();
         for &context in contexts {
             let extents = match self.source.extents(context, range, most).await {
@@ -200,7 +239,7 @@ impl Work {
                 Err(fault) => return Reply::error(to, fault.code, &fault.text),
             }
         }
-        Reply::status(to, lists)
+        Reply::status(to, lists).map(|reply| reply.holding(held))
     }
 
     async fn send(&self, to: Answered, reply: Result<Reply, EncodeError>) {
@@ -227,23 +266,33 @@ fn done(to: Answered, result: Result<(), NbdError>) -> Result<Reply, EncodeError
     }
 }
 
-/// Buffers that replies have been sent from, for the next ones.
+/// Buffers that replies of any client have been sent from, for the next ones.
 #[derive(Clone, Default)]
 pub(super) struct Pool {
-    buffers: Arc<Mutex<Vec<Vec<u8>>>>,
+    kept: Arc<Mutex<Kept>>,
+}
+
+#[derive(Default)]
+struct Kept {
+    buffers: Vec<Vec<u8>>,
+    bytes: usize,
 }
 
 impl Pool {
     fn take(&self) -> Vec<u8> {
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        buffers.pop().unwrap_or_default()
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let buffer = kept.buffers.pop().unwrap_or_default();
+        kept.bytes -= buffer.capacity();
+        buffer
     }
 
     pub(super) fn give(&self, mut buffer: Vec<u8>) {
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        if (1..=LARGEST_KEPT).contains(&buffer.capacity()) && buffers.len() < MOST_KEPT {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = buffer.capacity();
+        if (1..=LARGEST_KEPT).contains(&bytes) && kept.bytes + bytes <= MOST_KEPT {
             buffer.clear();
-            buffers.push(buffer);
+            kept.bytes += bytes;
+            kept.buffers.push(buffer);
         }
     }
 }
@@ -276,5 +325,8 @@ fn checked(
 
 /// A longer read is sent in chunks of this size.
 const PIECE: u64 = 1 << 20;
+/// What an extent takes while it is found and sent.
+const EXTENT_BYTES: u64 = 40;
 const LARGEST_KEPT: usize = 4 << 20;
-const MOST_KEPT: usize = 16;
+/// The bytes of buffers that are kept.
+const MOST_KEPT: usize = 32 << 20;

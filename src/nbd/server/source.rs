@@ -153,6 +153,14 @@ impl SourceRead {
         }
     }
 
+    /// Starts with no part, and a buffer whose bytes [`SourceRead::push_next`] adds.
+    pub fn of_parts(buf: Vec<u8>) -> Self {
+        Self {
+            buf,
+            parts: Vec::new(),
+        }
+    }
+
     /// Takes a buffer whose content is the whole range.
     pub fn data(buf: Vec<u8>) -> Self {
         let parts = vec![Part::Buffered(buf.len())];
@@ -183,6 +191,50 @@ impl SourceRead {
             _ if length == 0 => {}
             _ => self.parts.push(Part::Hole(length)),
         }
+    }
+
+    /// Adds bytes that stand in the buffer behind those that were added from it before.
+    pub fn push_next(&mut self, length: u64) {
+        match (self.parts.last_mut(), length as usize) {
+            (_, 0) => {}
+            (Some(Part::Buffered(before)), length) => *before += length,
+            (_, length) => self.parts.push(Part::Buffered(length)),
+        }
+    }
+
+    /// Adds all of another read, without copying it.
+    pub fn append(&mut self, other: Self) {
+        let buf = Bytes::from(other.buf);
+        let mut at = 0;
+        for part in other.parts {
+            match part {
+                Part::Hole(length) => self.push_hole(length),
+                Part::Shared(bytes) => self.push_shared(bytes),
+                Part::Buffered(length) => {
+                    let end = (at + length).min(buf.len());
+                    self.push_shared(buf.slice(at..end));
+                    at = end;
+                }
+            }
+        }
+    }
+
+    /// Copies the bytes, zeros included, into one buffer.
+    pub fn into_bytes(self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.len() as usize);
+        let mut buffered = &self.buf[..];
+        for part in &self.parts {
+            match part {
+                Part::Hole(length) => bytes.resize(bytes.len() + *length as usize, 0),
+                Part::Shared(shared) => bytes.extend_from_slice(shared),
+                Part::Buffered(length) => {
+                    let (these, rest) = buffered.split_at((*length).min(buffered.len()));
+                    bytes.extend_from_slice(these);
+                    buffered = rest;
+                }
+            }
+        }
+        bytes
     }
 
     /// The number of bytes so far, zeros included.

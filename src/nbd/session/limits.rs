@@ -58,7 +58,13 @@ pub const MAX_OPTION: u32 = 64 << 10;
 pub const MAX_OPTION_DRAINED: u32 = 32 << 20;
 
 /// As server: the number of bytes that are thrown away at a time.
-pub const DRAIN_STEP: usize = 64 << 10;
+pub const DRAIN_STEP: usize = 16 << 10;
+
+/// As server: the number of bytes for which room is made before more of an option have come.
+pub const OPTION_STEP: usize = 4 << 10;
+
+/// As server: a payload has to come at this rate at least, in bytes a second, once the time of a message is over.
+pub const LEAST_RATE: u64 = 64 << 10;
 
 /// As server: the most options on one connection.
 pub const MAX_OPTIONS_RECEIVED: u32 = 1000;
@@ -71,3 +77,6 @@ pub const MAX_EXTENTS_SENT: usize = 64 << 10;
 
 /// As server: a write that is refused is read and thrown away up to this multiple of the largest block.
 pub const DRAINED_WRITE_BLOCKS: u64 = 2;
+
+/// As server: the most earlier snapshots since which an export tells what changed, each a metadata context.
+pub const MAX_EARLIER_OFFERED: usize = 128;

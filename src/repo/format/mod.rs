@@ -16,6 +16,7 @@ pub(crate) mod config;
 pub(crate) mod cursor;
 pub(crate) mod envelope;
 pub(crate) mod filter;
+pub mod fuzz;
 pub(crate) mod generation;
 pub(crate) mod key_slot;
 pub(crate) mod node;

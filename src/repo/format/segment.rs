@@ -104,6 +104,12 @@ pub(crate) fn encode_page(entries: &[SegmentEntry]) -> Vec<u8> {
     }
     page.resize(SUMMED_PAGE - 2, 0);
     page.extend_from_slice(&(entries.len().min(PAGE_ENTRIES) as u16).to_le_bytes());
+    seal_page(page)
+}
+
+/// Puts the checksum behind the content of a page, which is cut or filled up to its length.
+pub(crate) fn seal_page(mut page: Vec<u8>) -> Vec<u8> {
+    page.resize(SUMMED_PAGE, 0);
     let sum = page_sum(&page);
     page.extend_from_slice(&sum);
     page

@@ -1,14 +1,12 @@
-//! What differs between two maps: equal subtrees are skipped by their identifiers.
+//! What differs between two maps: equal subtrees are skipped by their identifiers, and no more is read than a range needs.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use super::super::error::RepoError;
-use super::super::format::node::{Child, FAN_OUT, Node};
-use super::super::snapshot::{MapRoot, span_of};
-use super::nodes::Nodes;
+use super::super::format::node::MAX_LEVEL;
+use super::super::snapshot::span_of;
 use super::reader::MapReader;
-use super::walker::node_ref;
+use super::walker::{Found, Walker};
 
 /// Calls `each` with the ranges of chunk numbers where two disks of one repository differ, in order and apart.
 ///
@@ -18,143 +16,115 @@ pub fn changed(
     after: &MapReader,
     each: &mut dyn FnMut(Range<u64>) -> Result<(), RepoError>,
 ) -> Result<(), RepoError> {
-    let level = before.root().level.max(after.root().level);
-    let mut diff = Diff {
-        nodes: before.nodes(),
-        each,
-        open: 0..0,
-    };
-    let (before, after) = (Side::of(before, level), Side::of(after, level));
-    diff.compare(&before, &after, level, 0)?;
-    diff.end()
+    let end = before.chunks().max(after.chunks());
+    let mut open = 0..0;
+    for found in Comparison::of(before, after, 0..end) {
+        let Compared { chunks, same } = found?;
+        if same {
+            continue;
+        }
+        if open.end != chunks.start && !open.is_empty() {
+            each(std::mem::replace(&mut open, chunks.start..chunks.start))?;
+        }
+        open = match open.is_empty() {
+            true => chunks,
+            false => open.start..chunks.end,
+        };
+    }
+    match open.is_empty() {
+        true => Ok(()),
+        false => each(open),
+    }
 }
 
-struct Diff<'a> {
-    nodes: &'a Arc<Nodes>,
-    each: &'a mut dyn FnMut(Range<u64>) -> Result<(), RepoError>,
-    /// A range that may still grow.
-    open: Range<u64>,
+/// A run of chunks that two disks have in common, or that differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Compared {
+    /// Their numbers, at least one.
+    pub chunks: Range<u64>,
+    /// Whether all of them are the same on both disks, or all differ.
+    pub same: bool,
 }
 
-/// One map at one level.
-enum Side {
-    Zeros,
-    Node(Child),
-    /// A root that stands lower than the other map's: the first child of what would be above it.
-    Lower {
-        root: Child,
-        level: u8,
-    },
+/// The runs of a range of two disks of one repository, in order and without gaps; ends after an error.
+///
+/// A run goes no further than one look at the maps told, so that neighbours may be alike: each costs a few nodes at
+/// most, whatever the disks' sizes.
+#[derive(Debug)]
+pub struct Comparison {
+    before: Walker,
+    after: Walker,
+    at: u64,
+    end: u64,
+    /// The level to look at first.
+    level: u8,
 }
 
-impl Side {
-    fn of(map: &MapReader, level: u8) -> Self {
-        let MapRoot { node, level: own } = map.root();
-        match node {
-            None => Self::Zeros,
-            Some(node) => {
-                let root = Child {
-                    id: *node.id.as_bytes(),
-                    place: node.place,
-                };
-                match own == level {
-                    true => Self::Node(root),
-                    false => Self::Lower { root, level: own },
+impl Comparison {
+    /// Compares the chunks of a range; past a disk's end there are zeros.
+    pub fn of(before: &MapReader, after: &MapReader, chunks: Range<u64>) -> Self {
+        Self {
+            level: before.root().level.max(after.root().level),
+            before: before.walker(),
+            after: after.walker(),
+            at: chunks.start,
+            end: chunks.end,
+        }
+    }
+
+    fn look(&mut self) -> Result<Compared, RepoError> {
+        let at = self.at;
+        let mut level = self.level;
+        loop {
+            let before = self.before.look(at, level)?;
+            let after = self.after.look(at, level)?;
+            let same = match (before, after) {
+                (Some(Found::Child(a)), Some(Found::Child(b))) if a.id == b.id => {
+                    Some(child_span(level))
                 }
-            }
-        }
-    }
-
-    fn same(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Zeros, Self::Zeros) => true,
-            (Self::Node(a), Self::Node(b)) => a.id == b.id,
-            // At most one of the two is lower than the level at which both are looked at.
-            _ => false,
-        }
-    }
-
-    fn open(&self, nodes: &Nodes, level: u8) -> Result<Opened, RepoError> {
-        Ok(match self {
-            Self::Zeros => Opened::Zeros,
-            Self::Node(child) => Opened::Node(nodes.load(&node_ref(child), level)?),
-            Self::Lower { root, level } => Opened::Lower {
-                root: *root,
-                level: *level,
-            },
-        })
-    }
-}
-
-enum Opened {
-    Zeros,
-    Node(Arc<Node>),
-    Lower { root: Child, level: u8 },
-}
-
-impl Opened {
-    /// Returns the child `slot` of this side at `level`.
-    fn child(&self, slot: usize, level: u8) -> Side {
-        match self {
-            Self::Zeros => Side::Zeros,
-            Self::Node(node) => match node.child(slot) {
-                Some(child) => Side::Node(*child),
-                None => Side::Zeros,
-            },
-            Self::Lower { .. } if slot > 0 => Side::Zeros,
-            Self::Lower { root, level: own } if *own + 1 == level => Side::Node(*root),
-            Self::Lower { root, level: own } => Side::Lower {
-                root: *root,
-                level: *own,
-            },
-        }
-    }
-}
-
-impl Diff<'_> {
-    fn compare(
-        &mut self,
-        before: &Side,
-        after: &Side,
-        level: u8,
-        first: u64,
-    ) -> Result<(), RepoError> {
-        if before.same(after) {
-            return Ok(());
-        }
-        let opened = (
-            before.open(self.nodes, level)?,
-            after.open(self.nodes, level)?,
-        );
-        for slot in 0..FAN_OUT {
-            let (before, after) = (opened.0.child(slot, level), opened.1.child(slot, level));
-            if before.same(&after) {
-                continue;
-            }
-            let slot = slot as u64;
-            match level.checked_sub(1) {
-                None => self.add(first + slot)?,
-                Some(below) => {
-                    self.compare(&before, &after, below, first + slot * span_of(below))?;
+                (Some(Found::Hole { chunks: a }), Some(Found::Hole { chunks: b })) => {
+                    Some(a.min(b))
                 }
-            }
+                _ => None,
+            };
+            let (span, same) = match (same, level.checked_sub(1)) {
+                (Some(span), _) => (span, true),
+                (None, None) => (1, false),
+                (None, Some(below)) => {
+                    level = below;
+                    continue;
+                }
+            };
+            let first = at - at % span;
+            let chunks = at..first.saturating_add(span).min(self.end);
+            return Ok(Compared { chunks, same });
         }
-        Ok(())
     }
+}
 
-    fn add(&mut self, number: u64) -> Result<(), RepoError> {
-        if self.open.end != number {
-            self.end()?;
-            self.open = number..number;
-        }
-        self.open.end = number + 1;
-        Ok(())
-    }
+impl Iterator for Comparison {
+    type Item = Result<Compared, RepoError>;
 
-    fn end(&mut self) -> Result<(), RepoError> {
-        match self.open.is_empty() {
-            true => Ok(()),
-            false => (self.each)(std::mem::take(&mut self.open)),
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at >= self.end {
+            return None;
         }
+        let found = self.look();
+        self.at = match &found {
+            Ok(compared) => compared.chunks.end,
+            Err(_) => self.end,
+        };
+        // Below the lowest node that both ran into differs what is above: only a new child is looked at from its top.
+        self.level = (0..=MAX_LEVEL)
+            .rev()
+            .find(|level| self.at.is_multiple_of(child_span(*level)))
+            .unwrap_or(0)
+            .min(self.before.top().max(self.after.top()));
+        Some(found)
     }
+}
+
+/// The number of chunks below a child of a node of `level`.
+fn child_span(level: u8) -> u64 {
+    level.checked_sub(1).map_or(1, span_of)
 }

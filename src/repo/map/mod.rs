@@ -6,7 +6,7 @@ mod reader;
 mod walker;
 mod writer;
 
-pub use diff::changed;
+pub use diff::{Compared, Comparison, changed};
 pub use reader::{MapReader, Run, Runs};
 pub use writer::MapWriter;
 

@@ -77,11 +77,7 @@ impl MapReader {
         self.root
     }
 
-    pub(super) fn nodes(&self) -> &Arc<Nodes> {
-        &self.nodes
-    }
-
-    fn walker(&self) -> Walker {
+    pub(super) fn walker(&self) -> Walker {
         Walker::new(Arc::clone(&self.nodes), self.root)
     }
 }

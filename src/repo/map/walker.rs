@@ -85,6 +85,23 @@ impl Walker {
         }
     }
 
+    /// As [`Walker::child_at`] at any level; `None` where the root lies further below.
+    pub(super) fn look(&mut self, number: u64, level: u8) -> Result<Option<Found>, RepoError> {
+        let lies_below = self.root.node.is_some() && level > self.root.level + 1;
+        if !lies_below {
+            return self.child_at(number, level).map(Some);
+        }
+        Ok(match number < span_of(self.root.level) {
+            true => None,
+            false => Some(Found::Hole { chunks: u64::MAX }),
+        })
+    }
+
+    /// The root's level.
+    pub(super) fn top(&self) -> u8 {
+        self.root.level
+    }
+
     fn has(&self, number: u64, level: u8) -> bool {
         match &self.path[usize::from(level)] {
             Some((first, _)) => *first == first_of(number, level),
