@@ -145,6 +145,15 @@ impl Repository {
         }))
     }
 
+    /// Whether a snapshot has no mark, so that it is not forgotten or not any more.
+    pub(crate) fn is_had_back(&self, id: &SnapshotId) -> Result<bool, RepoError> {
+        match self.storage().len(&mark_file(id)) {
+            Ok(_) => Ok(false),
+            Err(StorageError::Missing { .. }) => Ok(true),
+            Err(other) => Err(other.into()),
+        }
+    }
+
     fn is_dropped(&self, id: &SnapshotId) -> Result<bool, RepoError> {
         let state = generations::load(&**self.storage(), self.keys().mac())?;
         Ok(state.pending.is_some_and(|p| p.dropped.contains(id)))

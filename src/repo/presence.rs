@@ -79,12 +79,15 @@ impl Presence {
         self.send(repo)?;
         let state = generations::load(&**repo.storage(), repo.keys().mac())?;
         let pending = state.pending.unwrap_or_default();
+        let reads_only = self.beat.seen == Some(READS_ONLY);
         for parent in &self.beat.parents {
-            if pending.dropped.contains(parent) {
+            // One that was had back in the instant in which a prune dropped it stays, as that prune will see. To read
+            // it there is enough; a session would not be waited for if that were taken back once more.
+            if pending.dropped.contains(parent) && !(reads_only && repo.is_had_back(parent)?) {
                 return Err(RepoError::ParentGone { id: *parent });
             }
         }
-        if self.beat.seen == Some(READS_ONLY) {
+        if reads_only {
             return Ok(());
         }
         self.condemned = pending.packs.into_iter().collect();
@@ -149,13 +152,13 @@ impl Drop for Pin {
 impl Repository {
     /// Keeps snapshots from being removed by prunes as long as what is returned lives, for whoever reads them.
     ///
-    /// Fails with [`RepoError::NoSuchSnapshot`] when one is gone or going.
+    /// Fails with [`RepoError::NoSuchSnapshot`] when one is gone, and [`RepoError::TooLate`] when it is going.
     pub fn pin(self: &Arc<Self>, snapshots: &[SnapshotId]) -> Result<Pin, RepoError> {
         let id = SnapshotId::random()?;
         let presence = Presence::announce_reader(self, id, snapshots.to_vec());
         let pin = Pin {
             presence: presence.map_err(|e| match e {
-                RepoError::ParentGone { id } => RepoError::NoSuchSnapshot { id },
+                RepoError::ParentGone { id } => RepoError::TooLate { id },
                 other => other,
             })?,
             repo: Arc::clone(self),

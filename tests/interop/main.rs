@@ -17,6 +17,7 @@ mod signal;
 mod since;
 mod source;
 mod sparse;
+mod stress;
 #[path = "../support/mod.rs"]
 mod support;
 mod tls;

@@ -45,7 +45,7 @@ pub(crate) fn rules(usual: usize) -> Rules {
 }
 
 /// The same, for so many orders that the usual run takes only some of them.
-fn some(usual: usize, one_in: usize) -> Rules {
+pub(crate) fn some(usual: usize, one_in: usize) -> Rules {
     match std::env::var_os("NBDBACKUP_TEST_SWITCHES") {
         Some(_) => rules(usual),
         None => Rules {

@@ -7,6 +7,7 @@ mod drive;
 mod encryption;
 mod format_doc;
 mod fuzz;
+mod growth;
 mod interleave;
 mod map_model;
 mod prune;

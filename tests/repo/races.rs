@@ -7,7 +7,7 @@ use nbdbackup::repo::{
     LocalStorage, MapWriter, MemoryStorage, PruneOptions, RepoError, Repository, Storage,
 };
 
-use crate::interleave::{Did, base, did, disk, pruner, rules, writer};
+use crate::interleave::{Did, base, did, disk, pruner, rules, some, writer};
 use crate::prune::{at_once, noise};
 use crate::scheduler::{Process, explore};
 use crate::support::*;
@@ -76,6 +76,31 @@ fn announced_reader_reads_all_or_is_refused() {
     };
     explore(rules(2), start, |storage, did, told| {
         read.set(read.get() + usize::from(matches!(did[0], Did::HadIt)));
+        base.check(storage, did, told);
+    });
+    assert!(read.get() > 0);
+}
+
+/// What was had back can be read at once, though a prune had just made up its mind to remove it.
+#[test]
+fn snapshot_that_is_had_back_can_be_read_whatever_a_prune_had_in_mind() {
+    let base = base();
+    let read = std::cell::Cell::new(0);
+    let start = || {
+        let (snapshot, want) = base.forgotten.clone();
+        let undelete: Process<Did> = Box::new(move |repo: Arc<Repository>| {
+            if let Err(error) = repo.unforget(&snapshot.id) {
+                return Did::Refused(error);
+            }
+            let pin = repo.pin(&[snapshot.id]).unwrap();
+            assert!(restore(&repo, &snapshot.id).unwrap() == want);
+            drop(pin);
+            Did::HadBack(snapshot.id, want)
+        });
+        (base.copy(), vec![undelete, pruner()])
+    };
+    explore(some(2, 2), start, |storage, did, told| {
+        read.set(read.get() + usize::from(matches!(did[0], Did::HadBack(..))));
         base.check(storage, did, told);
     });
     assert!(read.get() > 0);

@@ -245,6 +245,7 @@ pub(crate) enum Fault {
 pub(crate) struct FaultStorage {
     inner: Arc<dyn Storage>,
     calls: Arc<AtomicU64>,
+    read: Arc<AtomicU64>,
     at: u64,
     fault: Fault,
 }
@@ -254,6 +255,7 @@ impl FaultStorage {
         Self {
             inner,
             calls: Arc::default(),
+            read: Arc::default(),
             at,
             fault,
         }
@@ -261,6 +263,11 @@ impl FaultStorage {
 
     pub(crate) fn calls(&self) -> u64 {
         self.calls.load(Ordering::SeqCst)
+    }
+
+    /// The bytes that were read.
+    pub(crate) fn read_bytes(&self) -> u64 {
+        self.read.load(Ordering::SeqCst)
     }
 
     fn call(&self, name: &str, writes: bool) -> Result<(), StorageError> {
@@ -286,11 +293,14 @@ impl Storage for FaultStorage {
 
     fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, StorageError> {
         self.call(name, false)?;
-        self.inner.read(name, limit)
+        let file = self.inner.read(name, limit)?;
+        self.read.fetch_add(file.len() as u64, Ordering::SeqCst);
+        Ok(file)
     }
 
     fn read_at(&self, name: &str, at: u64, buf: &mut [u8]) -> Result<(), StorageError> {
         self.call(name, false)?;
+        self.read.fetch_add(buf.len() as u64, Ordering::SeqCst);
         self.inner.read_at(name, at, buf)
     }
 

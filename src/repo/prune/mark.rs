@@ -6,32 +6,63 @@ use super::ids::{IdSorter, SortedIds};
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::PackName;
+use crate::repo::format::node::FAN_OUT;
 use crate::repo::format::segment::{Prefix, SegmentEntry, prefix_of};
 use crate::repo::ids::NodeId;
 use crate::repo::index::Merged;
 use crate::repo::map::node_ref;
 use crate::repo::repository::Repository;
-use crate::repo::snapshot::{NodeRef, Snapshot};
+use crate::repo::snapshot::{DiskRecord, NodeRef, Snapshot};
 
 /// Collects the identifiers of all nodes and chunks of snapshots.
 pub(super) fn needed_by<'a>(
     repo: &Repository,
     snapshots: impl IntoIterator<Item = &'a Snapshot>,
 ) -> Result<SortedIds, RepoError> {
-    let mut walk = Walk {
-        repo,
-        seen: HashSet::new(),
-        ids: IdSorter::new(IDS_IN_MEMORY),
-    };
+    let mut walk = Walk::new(repo);
     for snapshot in snapshots {
         for disk in &snapshot.draft.disks {
             if let Some(root) = &disk.root.node {
-                walk.node(root, disk.root.level)?;
+                walk.node(root, disk.root.level, None)?;
             }
         }
     }
     Ok(walk.ids.finish())
 }
+
+/// Collects the identifiers of the nodes and chunks of snapshots, but not those that are at the same place of the same
+/// disk's last snapshot among `known` ones: what is looked through is in proportion to what changed since.
+pub(super) fn needed_beyond(
+    repo: &Repository,
+    snapshots: &[&Snapshot],
+    known: &[&Snapshot],
+) -> Result<SortedIds, RepoError> {
+    let mut last: HashMap<(&str, &str), &DiskRecord> = HashMap::new();
+    for snapshot in known {
+        for disk in &snapshot.draft.disks {
+            let of_disk = (snapshot.draft.name.as_str(), disk.disk.as_str());
+            let best = last.entry(of_disk).or_insert(disk);
+            if best.generation < disk.generation {
+                *best = disk;
+            }
+        }
+    }
+    let mut walk = Walk::new(repo);
+    for snapshot in snapshots {
+        for disk in &snapshot.draft.disks {
+            let of_disk = (snapshot.draft.name.as_str(), disk.disk.as_str());
+            let beside = last.get(&of_disk).map(|known| &known.root);
+            let beside = beside.and_then(|root| Some((root.node?, root.level)));
+            if let Some(root) = &disk.root.node {
+                walk.node(root, disk.root.level, beside)?;
+            }
+        }
+    }
+    Ok(walk.ids.finish())
+}
+
+/// A node of a known map and its level.
+type Beside = (NodeRef, u8);
 
 struct Walk<'a> {
     repo: &'a Repository,
@@ -40,8 +71,21 @@ struct Walk<'a> {
     ids: IdSorter,
 }
 
-impl Walk<'_> {
-    fn node(&mut self, node: &NodeRef, level: u8) -> Result<(), RepoError> {
+impl<'a> Walk<'a> {
+    fn new(repo: &'a Repository) -> Self {
+        Self {
+            repo,
+            seen: HashSet::new(),
+            ids: IdSorter::new(IDS_IN_MEMORY),
+        }
+    }
+
+    /// Goes through a node; `beside` is what starts at the same place in a map of which all is known.
+    fn node(&mut self, node: &NodeRef, level: u8, beside: Option<Beside>) -> Result<(), RepoError> {
+        let beside = self.at_level(beside, level)?;
+        if beside.is_some_and(|(known, at)| at == level && known.id == node.id) {
+            return Ok(());
+        }
         // Forgetting costs going through some again, and keeps memory bounded.
         if self.seen.len() >= SEEN_NODES {
             self.seen.clear();
@@ -51,13 +95,44 @@ impl Walk<'_> {
         }
         self.ids.push(prefix_of(node.id.as_bytes()))?;
         let loaded = self.repo.nodes().load(node, level)?;
-        for child in loaded.children() {
-            match level.checked_sub(1) {
-                None => self.ids.push(prefix_of(&child.id))?,
-                Some(below) => self.node(&node_ref(child), below)?,
-            }
+        let known = match beside {
+            Some((known, at)) if at == level => Some(self.repo.nodes().load(&known, level)?),
+            _ => None,
+        };
+        for slot in 0..FAN_OUT {
+            let Some(child) = loaded.child(slot) else {
+                continue;
+            };
+            let same_place = known.as_ref().and_then(|known| known.child(slot));
+            let Some(below) = level.checked_sub(1) else {
+                if same_place.is_none_or(|known| known.id != child.id) {
+                    self.ids.push(prefix_of(&child.id))?;
+                }
+                continue;
+            };
+            let beside = match beside {
+                // The disk grew: what is known is all at its start.
+                Some((_, at)) if at < level => beside.filter(|_| slot == 0),
+                _ => same_place.map(|known| (node_ref(known), below)),
+            };
+            self.node(&node_ref(child), below, beside)?;
         }
         Ok(())
+    }
+
+    /// Goes down at the start of a map that is higher than `level`, as that of a disk that shrank.
+    fn at_level(&self, beside: Option<Beside>, level: u8) -> Result<Option<Beside>, RepoError> {
+        let Some((mut node, mut at)) = beside else {
+            return Ok(None);
+        };
+        while at > level {
+            let loaded = self.repo.nodes().load(&node, at)?;
+            let Some(first) = loaded.child(0) else {
+                return Ok(None);
+            };
+            (node, at) = (node_ref(first), at - 1);
+        }
+        Ok(Some((node, at)))
     }
 }
 

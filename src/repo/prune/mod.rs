@@ -211,6 +211,12 @@ impl Run<'_> {
         if condemned.packs.is_empty() && condemned.dropped.is_empty() {
             return Ok(Turn::Last);
         }
+        for id in &condemned.dropped {
+            // Had back since the plan was made. Later ones are seen before it is decided what is removed.
+            if repo.is_had_back(id)? {
+                return Ok(Turn::Again);
+            }
+        }
         let next = state.last.map_or(0, |last| last.saturating_add(1));
         let mac_key = repo.keys().mac();
         self.begun = generations::condemn(&**repo.storage(), mac_key, next, &condemned)?;

@@ -3,11 +3,11 @@
 use std::collections::{HashMap, HashSet};
 
 use super::Pruned;
-use super::mark::{join, needed_by};
+use super::mark::{join, needed_beyond};
 use super::plan::{Snapshots, is_whole, list_packs};
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
-use crate::repo::forget::mark_file;
+use crate::repo::forget::{Forgotten, mark_file};
 use crate::repo::format::generation::{Condemned, PackName, Sweep};
 use crate::repo::format::snapshot::file_name;
 use crate::repo::generations::{self, Generations};
@@ -54,9 +54,10 @@ fn decide(repo: &Repository, condemned: &Condemned) -> Result<Sweep, RepoError> 
     let drop = drop.filter(|id| still.contains(id) && !read.contains(id));
     let snapshots = Snapshots::load(repo, &drop.collect())?;
     let known: HashSet<SnapshotId> = condemned.roots.iter().copied().collect();
-    let new = snapshots.roots.iter().filter(|s| !known.contains(&s.id));
+    let (known, new): (Vec<&Snapshot>, Vec<&Snapshot>) =
+        snapshots.roots.iter().partition(|s| known.contains(&s.id));
     repo.index().refresh()?;
-    let mut needed = needed_by(repo, new)?;
+    let mut needed = needed_beyond(repo, &new, &known)?;
     let packs = list_packs(repo)?;
     let doomed: HashSet<PackName> = condemned.packs.iter().copied().collect();
     let mut rescued: HashSet<PackName> = HashSet::new();
@@ -153,6 +154,12 @@ pub(super) fn report_finish(
 /// Removes the marks of removed snapshots that no chain of bitmaps can come to any more.
 pub(super) fn remove_idle_marks(repo: &Repository) -> Result<(), RepoError> {
     let marks = repo.forgotten()?;
+    let files = repo.storage().list("snap/")?;
+    let names: HashSet<&str> = files.iter().map(|f| f.name.as_str()).collect();
+    let is_gone = |mark: &Forgotten| !names.contains(file_name(&mark.snapshot.id).as_str());
+    if !marks.snapshots.iter().any(is_gone) {
+        return Ok(());
+    }
     let snapshots = match Snapshots::load(repo, &HashSet::new()) {
         Ok(found) => found.roots,
         // What an unreadable snapshot is of nobody knows.
