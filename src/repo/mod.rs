@@ -28,6 +28,8 @@ mod secret;
 mod session;
 mod snapshot;
 mod storage;
+#[cfg(test)]
+mod synthetic;
 mod verify;
 
 pub use chunk::{ChunkEntry, ChunkSize, Place, RecordFlags, is_zero};
