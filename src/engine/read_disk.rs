@@ -24,6 +24,8 @@ pub(super) struct ReadDisk {
     /// The parent's map and disk size.
     pub(super) parent: Option<(MapRoot, u64)>,
     pub(super) contexts: Contexts,
+    /// Runs of chunks that are damaged in the parent, and read whatever the bitmap says.
+    pub(super) again: Vec<Range<u64>>,
 }
 
 /// What was read and stored, in bytes and chunks.
@@ -67,6 +69,7 @@ pub(super) async fn read_disk(
         geometry,
         parent,
         contexts,
+        again,
     } = task;
     let failed = catalog.failed();
     let parent = parent.as_ref().map(|(root, bytes)| (root, *bytes));
@@ -89,7 +92,17 @@ pub(super) async fn read_disk(
     let mut tally = Tally::default();
     let dirty_bytes = AtomicU64::new(0);
     let jobs = stream::iter(ByteRange::first(geometry.size_bytes).split(WINDOW))
-        .map(|window| walk(client, &disk, contexts, geometry, window, inheritable))
+        .map(|window| {
+            walk(
+                client,
+                &disk,
+                contexts,
+                geometry,
+                window,
+                inheritable,
+                &again,
+            )
+        })
         .buffered(WALKS)
         .map_ok(|walked: Walked| {
             dirty_bytes.fetch_add(walked.dirty_bytes, Relaxed);

@@ -34,6 +34,7 @@ pub(crate) async fn walk(
     geometry: Geometry,
     window: ByteRange,
     inheritable: u64,
+    again: &[std::ops::Range<u64>],
 ) -> Result<Walked, EngineError> {
     let failed = |range: ByteRange, cause: super::Cause| EngineError::SourceFailed {
         disk: disk.to_owned(),
@@ -42,6 +43,7 @@ pub(crate) async fn walk(
         cause,
     };
     let mut plan = WindowPlan::new(geometry, window, contexts.dirty.is_some());
+    plan.again(again);
     let mut dirty_at = if contexts.dirty.is_some() {
         window.start()
     } else {

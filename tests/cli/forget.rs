@@ -86,11 +86,18 @@ fn prune_frees_what_is_forgotten_once_its_time_is_over() {
     let waits = lab.run(&["prune"]).result();
     assert_eq!(number(&waits, "snapshots_removed"), 0);
     let now = ["prune", "--undelete-window", "0s", "--max-unused", "0"];
-    let held = lab.run(&[&now[..], &["--max-freed", "5"]].concat()).error(1);
+    let held = lab
+        .run(&[&now[..], &["--max-freed", "5"]].concat())
+        .error(1);
     assert_eq!(held["code"], "brake");
     let dry = lab.run(&[&now[..], &["--dry-run"]].concat()).result();
     let done = lab.run(&now).result();
-    for field in ["snapshots_removed", "packs_removed", "removed_bytes", "written_bytes"] {
+    for field in [
+        "snapshots_removed",
+        "packs_removed",
+        "removed_bytes",
+        "written_bytes",
+    ] {
         assert_eq!(dry[field], done[field], "{field}");
     }
     assert_eq!(number(&done, "snapshots_removed"), 1);
@@ -102,7 +109,11 @@ fn prune_frees_what_is_forgotten_once_its_time_is_over() {
     let again = full(&lab, &[&first], &["vda"], &[]);
     lab.assert_restores(&again, &first);
     let shown = lab.run_text(&["prune"]);
-    assert!(String::from_utf8(shown.stdout).unwrap().contains("removed 0"));
+    assert!(
+        String::from_utf8(shown.stdout)
+            .unwrap()
+            .contains("removed 0")
+    );
 }
 
 #[test]
@@ -112,7 +123,14 @@ fn forget_and_prune_in_one_go() {
     let second = lab.raw("second.raw", 4 * MIB, 6);
     full(&lab, &[&first], &["vda"], &[]);
     let new = full(&lab, &[&second], &["vda"], &[]);
-    let args = ["forget", "--keep-last", "1", "--prune", "--undelete-window", "0s"];
+    let args = [
+        "forget",
+        "--keep-last",
+        "1",
+        "--prune",
+        "--undelete-window",
+        "0s",
+    ];
     let result = lab.run(&args).result();
     assert_eq!(number(&result["prune"], "snapshots_removed"), 1);
     assert_eq!(lab.snapshots(), [new.clone()]);

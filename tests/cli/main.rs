@@ -1,6 +1,8 @@
 //! The command line: usage, exit codes, JSON, text.
 
+mod check;
 mod command;
+mod copy;
 mod forget;
 mod json;
 mod key;

@@ -1,5 +1,6 @@
 //! The repository as a whole: round trips, maps against a model, damage, crashes, concurrency and scale.
 
+mod check;
 mod crash;
 mod damage;
 mod encryption;

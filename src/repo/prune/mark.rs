@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::ids::{IdSorter, SortedIds};
+use crate::repo::bad::BadRecords;
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::PackName;
@@ -70,16 +71,29 @@ pub(super) fn join(
     each: &mut dyn FnMut(&[(PackName, Place)]),
 ) -> Result<Missing, RepoError> {
     let mut index = Entries::open(repo)?;
+    let bad = BadRecords::load(repo)?;
     let mut needed = needed.iter()?;
     let mut missing = Missing::default();
-    let mut places = Vec::new();
+    let (mut places, mut damaged) = (Vec::new(), Vec::new());
     while let Some(id) = needed.next()? {
         places.clear();
+        damaged.clear();
         index.places_of(id, &mut |name, place| {
             if usable(&name, &place) {
-                places.push((name, place));
+                match bad.holds(name.0, &place) {
+                    true => damaged.push((name, place)),
+                    false => places.push((name, place)),
+                }
             }
         })?;
+        // A damaged copy stays as long as there is no other: some of it may be had back.
+        if places.is_empty() {
+            std::mem::swap(&mut places, &mut damaged);
+        }
+        // What a check has called lost stops nothing.
+        if places.is_empty() && bad.names(id) {
+            continue;
+        }
         if places.is_empty() {
             missing.count += 1;
             missing.example.get_or_insert(id);
