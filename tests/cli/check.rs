@@ -6,13 +6,13 @@ use serde_json::Value;
 
 use crate::support::MIB;
 use crate::support::lab::Lab;
-use crate::support::program::{Run, number, text};
+use crate::support::program::{Run, number, run, text};
 
 /// The result of a run that found damage.
 #[track_caller]
-fn damaged(run: &Run) -> Value {
-    assert_eq!(run.code, Some(13), "{}", run.stderr);
-    let last = run.lines().pop().unwrap();
+fn damaged(ended: &Run) -> Value {
+    assert_eq!(ended.code, Some(13), "{}", ended.stderr);
+    let last = ended.lines().pop().unwrap();
     assert_eq!(last["type"], "result", "{last}");
     assert_eq!(last["status"], "damaged", "{last}");
     last
@@ -102,8 +102,7 @@ fn repository_is_scrubbed_without_its_password() {
     let found = damaged(&lab.run(&["check", "--no-key"]));
     assert_eq!(number(&found, "damaged_files_total"), 1);
     lab.run(&["check", "--no-key", "--repair"]).error(2);
-    lab.run(&["--repo", "/nonexistent", "check", "--no-key"])
-        .error(2);
+    run(&["--json", "--repo", "/nonexistent", "check", "--no-key"]).error(10);
     lab.run(&["check", "--read-data=101%"]).error(2);
 }
 

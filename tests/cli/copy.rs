@@ -4,14 +4,14 @@ use serde_json::Value;
 
 use crate::support::MIB;
 use crate::support::lab::Lab;
-use crate::support::program::{number, text};
+use crate::support::program::{number, run, text};
 
 /// Makes an encrypted repository beside the lab's own; returns its path and its key file's.
 fn target(lab: &Lab, more: &[&str]) -> (String, String) {
     let (path, key) = (lab.file("other"), lab.file("other-key"));
     std::fs::write(&key, [3; 64]).unwrap();
-    let init = ["--repo", &path, "init", "--key-file", &key];
-    lab.run(&[&init[..], more].concat()).result();
+    let init = ["--json", "--repo", &path, "init", "--key-file", &key];
+    run(&[&init[..], more].concat()).result();
     (path, key)
 }
 
@@ -49,8 +49,8 @@ fn snapshots_are_copied_once_and_incrementally_to_an_encrypted_repository() {
     assert_eq!((count(&done["copied"]), count(&done["skipped"])), (0, 2));
 
     let there_with = |args: &[&str]| {
-        let base = ["--repo", &other, "--key-file", &key];
-        lab.run(&[&base[..], args].concat())
+        let base = ["--json", "--repo", &other, "--key-file", &key];
+        run(&[&base[..], args].concat())
     };
     let shown = there_with(&["show", &there]).result();
     assert_eq!(shown["snapshot"]["origin"]["snapshot"], first);
