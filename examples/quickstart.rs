@@ -106,6 +106,7 @@ async fn backup(
             Vec::new()
         },
         connections: 2,
+        retry_time: std::time::Duration::ZERO,
         compression: None,
     };
     engine::backup(catalog, request, Arc::new(Silent), std::future::pending()).await

@@ -34,6 +34,11 @@ impl Report {
         }
     }
 
+    /// Whether anything was measured for a row.
+    pub(crate) fn has(&self, row: &str) -> bool {
+        self.measures.iter().any(|measure| measure.row == row)
+    }
+
     /// A Markdown table with a line for each measure.
     pub(crate) fn table(&self) -> String {
         let mut table = String::from(

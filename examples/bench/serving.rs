@@ -53,6 +53,20 @@ impl Serving {
         Self::start(command, socket, uri, scratch)
     }
 
+    /// Serves a raw image by `nbdkit`, which waits so long before each read.
+    pub(crate) fn slow(scratch: &Path, image: &Path, millis: u32) -> Result<Self, Fault> {
+        let socket = scratch.join("slow.sock");
+        let uri = format!("nbd+unix:///vda?socket={}", socket.display());
+        let mut command = Command::new("nbdkit");
+        command
+            .args(["--foreground", "--readonly", "--unix"])
+            .arg(&socket)
+            .args(["--filter=delay", "file"])
+            .arg(image)
+            .arg(format!("rdelay={millis}ms"));
+        Self::start(command, socket, uri, scratch)
+    }
+
     /// Serves a repository's newest snapshot.
     pub(crate) fn snapshot(
         scratch: &Path,

@@ -235,6 +235,9 @@ pub(crate) struct Backup {
     /// The most connections to one export; more than one only where the server allows it.
     #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub(crate) connections: u8,
+    /// How long to try to reach a source again after its connections were lost, in seconds; 0 takes each failure as final.
+    #[arg(long, default_value_t = 60.0, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) retry_time: f64,
     #[command(flatten)]
     pub(crate) compression: CompressionArg,
 }
@@ -247,7 +250,7 @@ pub(crate) struct Restore {
     /// The disk; needed with --to where the snapshot has several.
     #[arg(long, value_name = "DISK")]
     pub(crate) disk: Option<String>,
-    /// Where the disk goes: a file, a block device, or `-` for stdout.
+    /// Where the disk goes: a file, a block device, the URI of a writable NBD export, or `-` for stdout.
     #[arg(long, value_name = "TARGET")]
     pub(crate) to: Option<String>,
     /// The target's format: raw, or any that qemu-img writes, such as qcow2.

@@ -13,6 +13,7 @@ use super::outcome::{BackupOutcome, DiskBackup};
 use super::plan::Geometry;
 use super::read_disk::{ReadDisk, Tally, read_disk};
 use super::source::{BitmapState, OpenSource, SourceSpec};
+use super::stages::SourceMeters;
 use super::walk::Contexts;
 use super::workers::{Workers, blocking};
 use super::{EngineError, selector};
@@ -36,6 +37,8 @@ pub struct BackupRequest {
     pub starts: Vec<String>,
     /// The most connections to one export.
     pub connections: u8,
+    /// How long to try to connect anew to an export whose connections were lost; zero takes each failure as final.
+    pub retry_time: Duration,
     /// The compression, where it is not the repository's own.
     pub compression: Option<Compression>,
 }
@@ -79,6 +82,7 @@ pub async fn backup(
         observer,
         started: Utc::now(),
         clock: Instant::now(),
+        meters: Arc::default(),
         warnings: Vec::new(),
     };
     let mut opened = Vec::new();
@@ -101,6 +105,7 @@ struct Run<'a> {
     observer: Arc<dyn Observer>,
     started: DateTime<Utc>,
     clock: Instant,
+    meters: Arc<SourceMeters>,
     warnings: Vec<Warning>,
 }
 
@@ -143,6 +148,13 @@ impl Run<'_> {
         let (mut records, mut reports) = (Vec::new(), Vec::new());
         for disk in opened.iter() {
             let (record, report) = self.one(disk, &session, &workers).await?;
+            let reconnects = disk.source.client.reconnects();
+            if reconnects > 0 {
+                let message = format!(
+                    "the connection was lost and made anew {reconnects} times; what was being read was read again"
+                );
+                self.warn("source-reconnected", Some(&disk.name), message);
+            }
             records.push(record);
             reports.push(report);
         }
@@ -177,7 +189,12 @@ impl Run<'_> {
         }
         let source = disk
             .source
-            .open(contexts, image_bitmap, self.request.connections)
+            .open(
+                contexts,
+                image_bitmap,
+                self.request.connections,
+                self.request.retry_time,
+            )
             .await?;
         let export = source.client.export();
         let granted = |context: &str| export.context(context).is_some();
@@ -300,6 +317,7 @@ impl Run<'_> {
             session,
             &disk.source.client,
             workers,
+            &self.meters,
             &*self.observer,
             task,
         )
@@ -416,9 +434,17 @@ impl Run<'_> {
             origin: None,
             disks: records,
         };
-        let snapshot = blocking(move || session.commit(draft))
+        let committing = Arc::clone(&session);
+        let snapshot = blocking(move || committing.commit(draft))
             .await?
             .map_err(self.catalog.failed())?;
+        let duration = self.clock.elapsed();
+        let stages = self.meters.with(session.meters());
+        for time in &stages {
+            let (stage, busy) = (time.stage, time.busy);
+            let depth = format_args!("{:.2}", time.depth(duration)).to_string();
+            tracing::debug!(stage, ?busy, depth, "time spent, and how much at a time");
+        }
         Ok(BackupOutcome {
             asked: if self.request.follow.is_some() {
                 BackupKind::Incremental
@@ -430,8 +456,9 @@ impl Run<'_> {
             name: self.request.name.clone(),
             started: self.started,
             finished,
-            duration: self.clock.elapsed(),
+            duration,
             disks: reports,
+            stages,
             warnings: std::mem::take(&mut self.warnings),
         })
     }

@@ -11,7 +11,7 @@ use super::selector::select;
 use super::workers::blocking;
 use crate::range::{ByteRange, RangeSet};
 use crate::repo::{
-    ChunkSize, Compression, DiskRecord, InitOptions, LocalStorage, PasswordCost, RepoError,
+    ChunkSize, Compression, DiskRecord, InitOptions, LocalStorage, PasswordCost, Pin, RepoError,
     Repository, Secret, Snapshot, SnapshotList, changed,
 };
 
@@ -82,12 +82,14 @@ impl Catalog {
         let failed = repository(&text);
         blocking(move || {
             let storage = Arc::new(LocalStorage::create(&path)?);
-            match secret {
+            let made = match secret {
                 None => Repository::init(storage, &options),
                 Some((secret, cost)) => {
                     Repository::init_encrypted(storage, &options, &secret, cost)
                 }
-            }
+            }?;
+            made.make_reserve()?;
+            Ok(made)
         })
         .await?
         .map(|made| InitOutcome {
@@ -126,6 +128,21 @@ impl Catalog {
         Self {
             repository,
             path: place.to_owned(),
+        }
+    }
+
+    /// Keeps a snapshot from being removed as long as what is returned lives, whoever forgets it meanwhile.
+    ///
+    /// Where the repository cannot be written to, it is read without that.
+    pub(super) async fn pin(&self, snapshot: &Snapshot) -> Result<Option<Pin>, EngineError> {
+        let (repository, id) = (Arc::clone(&self.repository), snapshot.id);
+        match blocking(move || repository.pin(&[id])).await? {
+            Ok(pin) => Ok(Some(pin)),
+            Err(error @ (RepoError::Io { .. } | RepoError::NoRoom { .. })) => {
+                tracing::warn!(%error, "the snapshot is read without being kept from a prune");
+                Ok(None)
+            }
+            Err(other) => Err(self.failed()(other)),
         }
     }
 

@@ -130,11 +130,13 @@ impl Catalog {
                 continue;
             }
             let id = snapshot.id;
+            let pin = self.pin(&snapshot).await?;
             let (back, result) = blocking(move || {
                 let result = run.one(&snapshot);
                 (run, result)
             })
             .await?;
+            drop(pin);
             run = back;
             match result {
                 Ok(one) => copied.push(one),

@@ -172,7 +172,8 @@ fn read(disk: &Disk, chunks: &Chunks, range: ByteRange) -> Result<Vec<Part>, Eng
 fn extents(disk: &Disk, range: ByteRange, most: usize) -> Result<Vec<Extent>, EngineError> {
     let geometry = disk.geometry();
     let mut extents: Vec<Extent> = Vec::new();
-    for run in disk.runs(geometry.chunks_of(range)) {
+    // An extended request may ask for all of a disk, and may be told of less.
+    for run in disk.runs(geometry.chunks_of(range)).take(MOST_RUNS) {
         let run = run?;
         let Some(range) = bytes_of(&run, geometry).intersect(range) else {
             continue;
@@ -369,6 +370,8 @@ const PIECES_AT_ONCE: usize = 4;
 const AHEAD_BYTES: u64 = 2 << 20;
 /// The bytes of buffers that one export keeps for use again.
 const FREE_BYTES: u64 = 8 << 20;
+/// The runs of a map that are walked for one answer of extents: 32 GiB of data in chunks of 128 KiB.
+const MOST_RUNS: usize = 1 << 18;
 /// The protocol's limit of a description.
 const MOST_DESCRIPTION: usize = 4096;
 /// Both bits of `base:allocation`.

@@ -164,7 +164,7 @@ fn by_rules(snapshots: &[Snapshot], rules: &Rules) -> Result<Decided, EngineErro
                 .to_owned(),
         ));
     }
-    let mut why: BTreeMap<SnapshotId, BTreeSet<Kept>> = keep(snapshots, rules);
+    let mut why: BTreeMap<SnapshotId, BTreeSet<Kept>> = keep(snapshots, rules, Utc::now());
     let mut decided: Decided = (Vec::new(), Vec::new());
     for snapshot in snapshots {
         match why.remove(&snapshot.id) {

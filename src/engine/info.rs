@@ -1,5 +1,7 @@
 //! What a source offers: its exports, and the extents of its contexts.
 
+use std::time::Duration;
+
 use super::EngineError;
 use super::source::{OpenSource, Place, SourceSpec};
 use super::walk::{DIRTY, ZERO};
@@ -103,7 +105,9 @@ pub async fn info(request: &InfoRequest) -> Result<InfoOutcome, EngineError> {
             .into_iter()
             .chain(context.clone())
             .collect();
-        let open = source.open(contexts, request.bitmap.as_deref(), 1).await?;
+        let open = source
+            .open(contexts, request.bitmap.as_deref(), 1, Duration::ZERO)
+            .await?;
         let asked = ask(request, &open, context.as_deref(), &mut outcome).await;
         open.close().await;
         asked?;

@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 
 use super::chain::Reason;
 use super::event::Warning;
+use super::stages::StageTime;
 use crate::range::ByteRange;
 use crate::repo::BackupKind;
 
@@ -61,6 +62,8 @@ pub struct BackupOutcome {
     pub duration: Duration,
     /// Each disk.
     pub disks: Vec<DiskBackup>,
+    /// Where the time went.
+    pub stages: Vec<StageTime>,
     /// What a person should know.
     pub warnings: Vec<Warning>,
 }

@@ -3,15 +3,17 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{TryStreamExt, stream};
 use tokio::sync::mpsc;
 
 use super::EngineError;
 use super::catalog::Catalog;
 use super::event::{Event, Observer, Progress};
 use super::plan::{Action, Geometry};
-use super::walk::{Contexts, WINDOW, Walked, walk};
+use super::stages::SourceMeters;
+use super::walk::{Contexts, Walk, Walked};
 use super::workers::{Workers, blocking};
 use crate::nbd::client::Client;
 use crate::range::ByteRange;
@@ -61,6 +63,7 @@ pub(super) async fn read_disk(
     session: &Arc<Session>,
     client: &Client,
     workers: &Workers,
+    meters: &Arc<SourceMeters>,
     observer: &dyn Observer,
     task: ReadDisk,
 ) -> Result<(MapRoot, Tally), EngineError> {
@@ -84,6 +87,7 @@ pub(super) async fn read_disk(
         session,
         client,
         workers,
+        meters,
         disk: &disk,
         geometry,
         buffers: Buffers::default(),
@@ -91,19 +95,17 @@ pub(super) async fn read_disk(
     let reader = &reader;
     let mut tally = Tally::default();
     let dirty_bytes = AtomicU64::new(0);
-    let jobs = stream::iter(ByteRange::first(geometry.size_bytes).split(WINDOW))
-        .map(|window| {
-            walk(
-                client,
-                &disk,
-                contexts,
-                geometry,
-                window,
-                inheritable,
-                &again,
-            )
-        })
-        .buffered(WALKS)
+    let walk = Walk {
+        client,
+        disk: &disk,
+        contexts,
+        geometry,
+        inheritable,
+        again: &again,
+        meter: &meters.walk,
+    };
+    let jobs = walk
+        .windows()
         .map_ok(|walked: Walked| {
             dirty_bytes.fetch_add(walked.dirty_bytes, Relaxed);
             stream::iter(cut(walked.steps, geometry).map(Ok::<Job, EngineError>))
@@ -167,6 +169,7 @@ struct Reader<'a> {
     session: &'a Arc<Session>,
     client: &'a Client,
     workers: &'a Workers,
+    meters: &'a Arc<SourceMeters>,
     disk: &'a str,
     geometry: Geometry,
     buffers: Buffers,
@@ -184,25 +187,27 @@ impl Reader<'_> {
             Job::Read(chunks) => chunks,
         };
         let range = self.geometry.bytes(&chunks);
-        let reply = self
-            .client
-            .read(range, self.buffers.take())
-            .await
-            .map_err(|cause| EngineError::SourceFailed {
-                disk: self.disk.to_owned(),
-                doing: "reading",
-                range,
-                cause: Box::new(cause),
-            })?;
+        let start = Instant::now();
+        let reply = self.client.read(range, self.buffers.take()).await;
+        self.meters.read.since(start);
+        let reply = reply.map_err(|cause| EngineError::SourceFailed {
+            disk: self.disk.to_owned(),
+            doing: "reading",
+            range: cause.range().unwrap_or(range),
+            cause: Box::new(cause),
+        })?;
         if reply.all_hole {
             self.buffers.put(reply.data);
             return Ok(Done::Zero(chunks));
         }
         let session = Arc::clone(self.session);
         let chunk_bytes = self.geometry.chunk_bytes as usize;
+        let meters = Arc::clone(self.meters);
+        let read = Instant::now();
         let (stored, buffer) = self
             .workers
             .run(move || {
+                meters.wait.since(read);
                 let data = reply.data;
                 let stored: Result<Vec<StoredChunk>, RepoError> = data
                     .chunks(chunk_bytes)
@@ -288,7 +293,5 @@ impl Buffers {
 const READ_BYTES: u64 = 512 << 10;
 /// Jobs under way, from their read until their chunks are stored.
 const DEPTH: usize = 32;
-/// Windows whose extents are asked for ahead of the reads.
-const WALKS: usize = 8;
 /// Pieces that wait for the map.
 const QUEUE: usize = 64;

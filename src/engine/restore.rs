@@ -14,6 +14,7 @@ use super::EngineError;
 use super::catalog::{Catalog, disk_of};
 use super::disk::{Disk, Piece};
 use super::event::{Event, Observer, Progress};
+use super::nbd_target::NbdSink;
 use super::outcome::RestoreOutcome;
 use super::serve::private;
 use super::target::{Sink, Target};
@@ -47,6 +48,7 @@ pub async fn restore(
 ) -> Result<RestoreOutcome, EngineError> {
     let clock = Instant::now();
     let snapshot = catalog.find(&request.snapshot).await?;
+    let _pin = catalog.pin(&snapshot).await?;
     let record = disk_of(&snapshot, request.disk.as_deref())?;
     let disk = Disk::open(catalog, &snapshot, record)?;
     let size_bytes = record.size_bytes;
@@ -66,6 +68,11 @@ pub async fn restore(
                     &stopped,
                 )
             };
+            blocking(work).await??
+        }
+        Target::Nbd(uri) => {
+            let sink = Sink::Nbd(NbdSink::open(&uri, size_bytes, request.overwrite).await?);
+            let work = move || to_sink(&disk, sink, &uri.to_string(), &*observer, &stopped);
             blocking(work).await??
         }
         Target::Stdout => {

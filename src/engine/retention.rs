@@ -40,25 +40,34 @@ impl Rules {
 pub struct Kept {
     /// The disk.
     pub disk: String,
-    /// `last`, `hourly`, `daily`, `weekly`, `monthly`, `yearly`, `within` or `tag`.
+    /// `last`, `hourly`, `daily`, `weekly`, `monthly`, `yearly`, `within`, `tag`, or `clock` where its time is no help.
     pub rule: &'static str,
 }
 
 /// Decides which snapshots stay, and why. Periods are those of UTC.
 ///
-/// No clock is asked: what is new is what is newest of a disk, so that a wrong clock removes nothing.
-pub(crate) fn keep(snapshots: &[Snapshot], rules: &Rules) -> BTreeMap<SnapshotId, BTreeSet<Kept>> {
-    let mut groups: BTreeMap<(&str, &str), Vec<&Snapshot>> = BTreeMap::new();
+/// What is new is told by generations, not by clocks. A snapshot whose time does not fit that order, or lies in the
+/// future, was taken with a wrong clock: it stays, and counts for no rule that goes by time.
+pub(crate) fn keep(
+    snapshots: &[Snapshot],
+    rules: &Rules,
+    now: DateTime<Utc>,
+) -> BTreeMap<SnapshotId, BTreeSet<Kept>> {
+    let mut groups: BTreeMap<(&str, &str), Vec<Dated<'_>>> = BTreeMap::new();
     for snapshot in snapshots {
         for disk in &snapshot.draft.disks {
             let key = (snapshot.draft.name.as_str(), disk.disk.as_str());
-            groups.entry(key).or_default().push(snapshot);
+            groups.entry(key).or_default().push(Dated {
+                generation: disk.generation,
+                started: snapshot.draft.started_unix_nanos,
+                snapshot,
+            });
         }
     }
     let mut kept: BTreeMap<SnapshotId, BTreeSet<Kept>> = BTreeMap::new();
     for ((_, disk), mut group) in groups {
-        group.sort_by_key(|s| std::cmp::Reverse((s.draft.started_unix_nanos, s.id)));
-        for (id, rule) in keep_of_disk(&group, rules) {
+        group.sort_by_key(|d| (d.generation, d.started, d.snapshot.id));
+        for (id, rule) in keep_of_disk(&group, rules, now) {
             let disk = disk.to_owned();
             kept.entry(id).or_default().insert(Kept { disk, rule });
         }
@@ -66,10 +75,36 @@ pub(crate) fn keep(snapshots: &[Snapshot], rules: &Rules) -> BTreeMap<SnapshotId
     kept
 }
 
-/// Decides for one disk, whose snapshots come newest first.
-fn keep_of_disk(group: &[&Snapshot], rules: &Rules) -> Vec<(SnapshotId, &'static str)> {
+/// A snapshot of a disk, with what orders them.
+#[derive(Clone, Copy)]
+struct Dated<'a> {
+    generation: u64,
+    started: i64,
+    snapshot: &'a Snapshot,
+}
+
+/// Decides for one disk, whose snapshots come oldest first.
+fn keep_of_disk(
+    group: &[Dated<'_>],
+    rules: &Rules,
+    now: DateTime<Utc>,
+) -> Vec<(SnapshotId, &'static str)> {
     let mut kept: Vec<(SnapshotId, &'static str)> = Vec::new();
-    kept.extend(group.iter().take(rules.last).map(|s| (s.id, "last")));
+    let newest = group.iter().rev().take(rules.last);
+    kept.extend(newest.map(|d| (d.snapshot.id, "last")));
+    let latest = (now + TOLERANCE).timestamp_nanos_opt().unwrap_or(i64::MAX);
+    let credible = credible(group, latest);
+    let doubtful = group
+        .iter()
+        .zip(&credible)
+        .filter(|(_, credible)| !**credible);
+    kept.extend(doubtful.map(|(d, _)| (d.snapshot.id, "clock")));
+    let group: Vec<&Snapshot> = group
+        .iter()
+        .zip(&credible)
+        .rev()
+        .filter_map(|(d, credible)| credible.then_some(d.snapshot))
+        .collect();
     let periods: [(&'static str, usize, Period); 5] = [
         ("hourly", rules.hourly, |t| {
             (t.year(), t.ordinal() * 24 + t.hour())
@@ -84,7 +119,7 @@ fn keep_of_disk(group: &[&Snapshot], rules: &Rules) -> Vec<(SnapshotId, &'static
     for (rule, count, period) in periods {
         let mut last = None;
         let mut left = count;
-        for snapshot in group {
+        for snapshot in &group {
             let now = period(started(snapshot));
             if left > 0 && last != Some(now) {
                 kept.push((snapshot.id, rule));
@@ -105,6 +140,34 @@ fn keep_of_disk(group: &[&Snapshot], rules: &Rules) -> Vec<(SnapshotId, &'static
     kept.extend(tagged.map(|s| (s.id, "tag")));
     kept
 }
+
+/// Says of each snapshot whether its time fits the others': as many as possible whose times never go back.
+fn credible(group: &[Dated<'_>], latest: i64) -> Vec<bool> {
+    // The number of the last snapshot of the best series of each length, and before it in that series.
+    let mut ends: Vec<usize> = Vec::new();
+    let mut before: Vec<Option<usize>> = vec![None; group.len()];
+    for (at, dated) in group.iter().enumerate() {
+        if dated.started > latest {
+            continue;
+        }
+        let len = ends.partition_point(|end| group[*end].started <= dated.started);
+        before[at] = len.checked_sub(1).map(|last| ends[last]);
+        match ends.get_mut(len) {
+            Some(end) => *end = at,
+            None => ends.push(at),
+        }
+    }
+    let mut credible = vec![false; group.len()];
+    let mut next = ends.last().copied();
+    while let Some(at) = next {
+        credible[at] = true;
+        next = before[at];
+    }
+    credible
+}
+
+/// How far clocks may be apart that are not wrong.
+const TOLERANCE: chrono::Duration = chrono::Duration::days(1);
 
 /// A number of a period: two moments of the same period have the same.
 type Period = fn(DateTime<Utc>) -> (i32, u32);
@@ -151,7 +214,8 @@ mod tests {
     }
 
     fn kept(snapshots: &[Snapshot], rules: &Rules) -> Vec<u8> {
-        let kept = keep(snapshots, rules);
+        let now = "2025-06-01T00:00:00Z".parse().unwrap();
+        let kept = keep(snapshots, rules, now);
         kept.keys().map(|id| id.as_bytes()[0]).collect()
     }
 
@@ -196,7 +260,7 @@ mod tests {
             ..Rules::default()
         };
         assert_eq!(kept(&all, &last), [1, 3]);
-        let why = keep(&all, &last);
+        let why = keep(&all, &last, "2025-06-01T00:00:00Z".parse().unwrap());
         let of_first = &why[&all[0].id];
         assert_eq!(of_first.iter().next().unwrap().disk, "vdb");
         let tag = Rules {
@@ -204,5 +268,48 @@ mod tests {
             ..Rules::default()
         };
         assert_eq!(kept(&all, &tag), [1]);
+    }
+
+    #[test]
+    fn wrong_clock_makes_no_other_snapshot_go() {
+        let day = |n: u8, time: &str| snapshot(n, time, &["vda"], &[]);
+        let usual: Vec<Snapshot> = (1..=9)
+            .map(|n| day(n, &format!("2025-05-0{n}T01:00:00Z")))
+            .collect();
+        let within = Some(Duration::from_secs(3 * 86_400));
+        let all_rules = [
+            Rules {
+                last: 3,
+                ..Rules::default()
+            },
+            Rules {
+                daily: 3,
+                ..Rules::default()
+            },
+            Rules {
+                within,
+                ..Rules::default()
+            },
+        ];
+        for wrong_at in 1..=9 {
+            for time in ["2035-05-05T01:00:00Z", "2015-05-05T01:00:00Z"] {
+                let mut all = usual.clone();
+                all[wrong_at - 1] = day(wrong_at as u8, time);
+                for rules in &all_rules {
+                    let stay = kept(&all, rules);
+                    // The first of all may well be so old, and of the second it is the first that does not fit.
+                    let fits = wrong_at <= 2 && time.starts_with("2015");
+                    assert!(fits || stay.contains(&(wrong_at as u8)), "{time} {rules:?}");
+                    let right: Vec<u8> = (1..=9).filter(|n| usize::from(*n) != wrong_at).collect();
+                    for newest in right.iter().rev().take(2) {
+                        assert!(
+                            stay.contains(newest),
+                            "{wrong_at} {time} {rules:?}: {stay:?}"
+                        );
+                    }
+                    assert!(stay.len() <= 5, "{wrong_at} {time} {rules:?}: {stay:?}");
+                }
+            }
+        }
     }
 }

@@ -84,6 +84,7 @@ pub async fn serve(
         ..ServerOptions::default()
     };
     let snapshot = catalog.find(&request.snapshot).await?;
+    let _pin = catalog.pin(&snapshot).await?;
     let records: Vec<_> = match &request.disk {
         Some(name) => vec![disk_of(&snapshot, Some(name))?],
         None => snapshot.draft.disks.iter().collect(),

@@ -1,4 +1,4 @@
-//! Where a restore goes: a raw file, a block device, stdout, or an image that `qemu-img` writes.
+//! Where a restore goes: a raw file, a block device, stdout, an NBD export, or an image that `qemu-img` writes.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 
 use super::EngineError;
+use super::nbd_target::NbdSink;
+use crate::nbd::uri::NbdUri;
 use crate::qemu::ImageFormat;
 use crate::range::ByteRange;
 
@@ -20,6 +22,8 @@ pub enum Target {
     Raw(PathBuf),
     /// An image file of another format.
     Image(PathBuf, String),
+    /// A writable NBD export.
+    Nbd(NbdUri),
 }
 
 impl Target {
@@ -37,9 +41,16 @@ impl Target {
             ("-", ImageFormat::Qemu(format)) => Err(EngineError::Usage(format!(
                 "a {format} image cannot be written to stdout; name a file"
             ))),
-            (text, _) if text.contains("://") => Err(EngineError::Usage(
-                "this version restores to files, block devices and stdout only".to_owned(),
-            )),
+            (text, format) if text.contains("://") => {
+                let usage = |why: String| EngineError::Usage(format!("--to {text}: {why}"));
+                let uri = text.parse().map_err(|e| usage(format!("{e}")))?;
+                match format {
+                    ImageFormat::Raw => Ok(Self::Nbd(uri)),
+                    ImageFormat::Qemu(_) => Err(usage(
+                        "an NBD export is always raw; leave --format out".to_owned(),
+                    )),
+                }
+            }
             (text, ImageFormat::Qemu(format)) => Ok(Self::Image(PathBuf::from(text), format)),
             (text, ImageFormat::Raw) if text.to_ascii_lowercase().ends_with(".qcow2") => {
                 Err(EngineError::Usage(format!(
@@ -55,6 +66,7 @@ impl Target {
         match self {
             Self::Stdout => "-".to_owned(),
             Self::Raw(path) | Self::Image(path, _) => path.display().to_string(),
+            Self::Nbd(uri) => uri.to_string(),
         }
     }
 }
@@ -72,6 +84,8 @@ pub(super) enum Sink {
     },
     /// Holds old bytes where nothing was written.
     Device { file: File },
+    /// Takes ranges in any order, and tells of a failure at a later one.
+    Nbd(NbdSink),
 }
 
 impl Sink {
@@ -146,7 +160,7 @@ impl Sink {
     fn set_len(&self, len: u64) -> io::Result<()> {
         match self {
             Self::Sparse { file, .. } => file.set_len(len),
-            Self::Stdout | Self::Device { .. } => Ok(()),
+            Self::Stdout | Self::Device { .. } | Self::Nbd(_) => Ok(()),
         }
     }
 
@@ -160,6 +174,7 @@ impl Sink {
         match self {
             Self::Stdout => io::stdout().lock().write_all(bytes),
             Self::Sparse { file, .. } | Self::Device { file } => file.write_all_at(bytes, offset),
+            Self::Nbd(sink) => sink.write(bytes, offset).map_err(io::Error::other),
         }
     }
 
@@ -175,6 +190,7 @@ impl Sink {
                     Err(_) => self.write_zeros(range),
                 }
             }
+            Self::Nbd(sink) => sink.zero(range).map_err(io::Error::other),
             Self::Stdout => self.write_zeros(range),
         }
     }
@@ -192,7 +208,8 @@ impl Sink {
     /// to fill than ever new ones.
     pub(super) fn settle(&self) -> io::Result<()> {
         match self {
-            Self::Stdout => Ok(()),
+            // A server sees to its own memory, and is flushed at the end.
+            Self::Stdout | Self::Nbd(_) => Ok(()),
             Self::Sparse { file, .. } | Self::Device { file } => {
                 file.sync_data()?;
                 // Advice: where it is not taken, the bytes stay in memory.
@@ -207,6 +224,7 @@ impl Sink {
         match self {
             Self::Stdout => io::stdout().lock().flush(),
             Self::Sparse { file, .. } | Self::Device { file } => file.sync_all(),
+            Self::Nbd(sink) => sink.finish().map_err(io::Error::other),
         }
     }
 

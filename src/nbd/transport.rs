@@ -1,13 +1,13 @@
 //! Sockets: the streams that sessions run over.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use rustix::net::sockopt::set_socket_send_buffer_size;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use super::uri::Endpoint;
@@ -235,6 +235,28 @@ impl Drop for Listener {
     }
 }
 
+/// Writes all pieces in their order, as many as possible in one system call.
+pub(super) async fn write_slices(
+    write: &mut (impl AsyncWrite + Unpin),
+    slices: &mut [IoSlice<'_>],
+) -> io::Result<()> {
+    let mut rest = slices;
+    // Drops empty pieces at the front.
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        let most = rest.len().min(SLICES_AT_ONCE);
+        let count = write
+            .write_vectored(rest.get(..most).unwrap_or(&[]))
+            .await?;
+        if count == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        IoSlice::advance_slices(&mut rest, count);
+    }
+    Ok(())
+}
+
+const SLICES_AT_ONCE: usize = 64;
 /// Room for some long replies, so that a sender does not stop in the midst of each; as much as QEMU's servers ask for.
 const UNIX_SEND_BUFFER: usize = 2 << 20;
 

@@ -65,7 +65,13 @@ impl QemuNbd {
                 "sh",
                 PROGRAM,
             ])
-            .args(["--read-only", "--format", format, "--export-name="])
+            .args([
+                "--read-only",
+                "--persistent",
+                "--format",
+                format,
+                "--export-name=",
+            ])
             .arg(format!("--shared={connections}"))
             .args(bitmap.map(|b| format!("--bitmap={b}")))
             .arg("--")

@@ -1,6 +1,7 @@
 //! Forgetting snapshots: a mark, which can be taken back until a prune removes what is marked.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::time::SystemTime;
 
 use super::error::RepoError;
 use super::format::FileKind;
@@ -25,6 +26,8 @@ pub struct Forgotten {
 pub(crate) struct Marks {
     pub(crate) ids: HashSet<SnapshotId>,
     pub(crate) snapshots: Vec<Forgotten>,
+    /// When the storage says that they were forgotten, where it says so.
+    pub(crate) modified: HashMap<SnapshotId, SystemTime>,
     /// The marks that cannot be read, with the reasons; their snapshots count as forgotten.
     pub(crate) unreadable: Vec<(String, RepoError)>,
 }
@@ -36,7 +39,16 @@ impl Repository {
     pub fn forget(&self, ids: &[SnapshotId], now_unix_nanos: i64) -> Result<(), RepoError> {
         for id in ids {
             let snapshot = self.snapshot(id)?;
-            self.mark(snapshot, now_unix_nanos)?;
+            match self.mark(snapshot.clone(), now_unix_nanos) {
+                // Who makes room needs a little.
+                Err(RepoError::NoRoom { .. }) => {
+                    self.spend_reserve()?;
+                    self.mark(snapshot, now_unix_nanos)?;
+                    // A prune, which makes room, needs the rest.
+                    self.make_reserve()?;
+                }
+                other => other?,
+            }
         }
         self.storage().barrier()?;
         Ok(())
@@ -91,6 +103,7 @@ impl Repository {
                 Err(error) => marks.unreadable.push((file.name, error)),
             }
             marks.ids.insert(id);
+            marks.modified.extend(file.modified.map(|m| (id, m)));
         }
         marks
             .snapshots
@@ -135,6 +148,20 @@ impl Repository {
     fn is_dropped(&self, id: &SnapshotId) -> Result<bool, RepoError> {
         let state = generations::load(&**self.storage(), self.keys().mac())?;
         Ok(state.pending.is_some_and(|p| p.dropped.contains(id)))
+    }
+}
+
+impl Marks {
+    /// How long ago a snapshot was forgotten, in nanoseconds; a clock that was or is wrong makes it less, not more.
+    pub(crate) fn age_nanos(&self, mark: &Forgotten, now_unix_nanos: i64) -> u128 {
+        let nanos = |time: &SystemTime| {
+            let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+            i64::try_from(since.as_nanos()).ok()
+        };
+        let modified = self.modified.get(&mark.snapshot.id).and_then(nanos);
+        let told = mark.forgotten_unix_nanos;
+        let since = modified.map_or(told, |modified| told.max(modified));
+        u128::try_from(now_unix_nanos.saturating_sub(since)).unwrap_or(0)
     }
 }
 

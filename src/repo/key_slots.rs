@@ -114,6 +114,8 @@ pub(crate) fn first_slot(
             }
         };
         super::repository::create(storage, &slot_file(0, ""), &slot.encode()?)?;
+        // Who finds an interrupted creation finds this file, whatever else is lost.
+        storage.barrier()?;
         Unlocked {
             master: ClearKey(master),
             slot: secret.map(|_| 0),

@@ -45,6 +45,7 @@ pub use format::pack::PackKind;
 pub use ids::{ChunkId, NodeId, NotAnId, PackId, RepoUuid, SegmentId, SnapshotId};
 pub use key_slots::SlotInfo;
 pub use map::{MapReader, MapWriter, Run, Runs, changed};
+pub use presence::Pin;
 pub use prune::{PruneOptions, Pruned};
 pub use read::{Batcher, ChunkRead, ReadBatch, ReadBuffers};
 pub use rebuild::Rebuilt;
@@ -52,7 +53,7 @@ pub use repair::Repaired;
 pub use repository::{InitOptions, Repository, SnapshotList};
 pub use scrub::scrub;
 pub use secret::{PasswordCost, Secret, SecretKind};
-pub use session::{Session, SessionOptions, StoredChunk};
+pub use session::{Session, SessionOptions, StoreMeters, StoredChunk};
 pub use snapshot::{
     BackupKind, DiskRecord, DiskStats, MapRoot, Origin, Snapshot, SnapshotDraft, WrittenPack,
 };

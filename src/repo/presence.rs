@@ -1,6 +1,7 @@
-//! How sessions show that they are open, and how those that are dead are fenced off.
+//! How sessions and readers show that they are there, and how sessions that are dead are fenced off.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -38,21 +39,34 @@ impl Presence {
         id: SnapshotId,
         parents: Vec<SnapshotId>,
     ) -> Result<Self, RepoError> {
-        let storage = &**repo.storage();
+        Self::announce_as(repo, id, None, parents)
+    }
+
+    /// Announces somebody who only reads these snapshots: none of them is dropped from now on, and no prune waits.
+    pub(crate) fn announce_reader(
+        repo: &Repository,
+        id: SnapshotId,
+        snapshots: Vec<SnapshotId>,
+    ) -> Result<Self, RepoError> {
+        Self::announce_as(repo, id, Some(READS_ONLY), snapshots)
+    }
+
+    fn announce_as(
+        repo: &Repository,
+        id: SnapshotId,
+        seen: Option<u64>,
+        parents: Vec<SnapshotId>,
+    ) -> Result<Self, RepoError> {
         let mut presence = Self {
             id,
-            beat: Beat {
-                seen: None,
-                parents,
-            },
+            beat: Beat { seen, parents },
             next: AtomicU64::new(0),
             started: Instant::now(),
             last: AtomicU64::new(0),
             condemned: HashSet::new(),
-            _hold: storage.hold(&hold_name(&id))?,
+            _hold: repo.storage().hold(&hold_name(&id))?,
         };
-        let announced = presence.look(repo);
-        match announced {
+        match presence.look(repo) {
             Ok(()) => Ok(presence),
             Err(error) => {
                 presence.withdraw(repo);
@@ -69,6 +83,9 @@ impl Presence {
             if pending.dropped.contains(parent) {
                 return Err(RepoError::ParentGone { id: *parent });
             }
+        }
+        if self.beat.seen == Some(READS_ONLY) {
+            return Ok(());
         }
         self.condemned = pending.packs.into_iter().collect();
         self.beat.seen = Some(state.last.map_or(0, |last| last.saturating_add(1)));
@@ -116,49 +133,91 @@ impl Presence {
     }
 }
 
-/// A session that may still commit.
+/// Keeps snapshots from being removed while it lives, whoever forgets them; made by [`Repository::pin`].
+#[derive(Debug)]
+pub struct Pin {
+    presence: Presence,
+    repo: Arc<Repository>,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.presence.withdraw(&self.repo);
+    }
+}
+
+impl Repository {
+    /// Keeps snapshots from being removed by prunes as long as what is returned lives, for whoever reads them.
+    ///
+    /// Fails with [`RepoError::NoSuchSnapshot`] when one is gone or going.
+    pub fn pin(self: &Arc<Self>, snapshots: &[SnapshotId]) -> Result<Pin, RepoError> {
+        let id = SnapshotId::random()?;
+        let presence = Presence::announce_reader(self, id, snapshots.to_vec());
+        let pin = Pin {
+            presence: presence.map_err(|e| match e {
+                RepoError::ParentGone { id } => RepoError::NoSuchSnapshot { id },
+                other => other,
+            })?,
+            repo: Arc::clone(self),
+        };
+        // What a prune dropped and removed before the announcement.
+        for id in snapshots {
+            self.snapshot(id)?;
+        }
+        Ok(pin)
+    }
+}
+
+/// A session that may still commit, or somebody who reads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct OpenSession {
     pub(crate) id: SnapshotId,
     /// What it saw, in the way of [`Beat::seen`]; `None` also where that cannot be read.
-    pub(crate) seen: Option<u64>,
+    seen: Option<u64>,
     pub(crate) parents: Vec<SnapshotId>,
 }
 
-/// Lists the sessions that may still commit, and fences those that are dead.
+impl OpenSession {
+    /// Whether it may refer to what this generation condemns.
+    pub(crate) fn may_refer_to(&self, generation: u64) -> bool {
+        self.seen.is_none_or(|seen| seen <= generation)
+    }
+}
+
+/// What to do about sessions whose processes are gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Dead {
+    /// Make it impossible for them to commit, and remove what announces them.
+    Fence,
+    /// Leave them out.
+    LeaveOut,
+}
+
+/// Lists the sessions that may still commit, and those who read.
 ///
 /// Who wants to know of their snapshots lists these afterwards: a session publishes its snapshot first, and takes its
 /// announcement back then.
-pub(crate) fn open_sessions(repo: &Repository) -> Result<Vec<OpenSession>, RepoError> {
+pub(crate) fn open_sessions(repo: &Repository, dead: Dead) -> Result<Vec<OpenSession>, RepoError> {
     let mut open = Vec::new();
     for found in announced(repo)? {
         if has_ended(repo, &found.id)? {
-            remove_beats(repo, &found)?;
-            continue;
-        }
-        if is_dead(repo, &found)? {
-            // Who ends in order takes the announcement back before letting go.
-            if is_announced(repo, &found)? {
-                fence(repo, &found.id)?;
+            if dead == Dead::Fence {
                 remove_beats(repo, &found)?;
             }
             continue;
         }
-        let last = found.beats.keys().next_back().copied().unwrap_or(0);
-        let name = beat_file(&found.id, last);
-        let beat = match repo.storage().read(&name, MAX_SMALL_FILE) {
-            Ok(bytes) => match Beat::decode(&bytes, repo.keys().mac()) {
-                Ok(beat) => beat,
-                Err(error) => {
-                    let error = error.in_file(&name);
-                    tracing::error!(%error, "an open session cannot be read; it is waited for");
-                    Beat::default()
+        if is_dead(repo, &found)? {
+            // Who ends in order takes the announcement back before letting go.
+            if dead == Dead::Fence && is_announced(repo, &found)? {
+                // Who only reads has nothing to commit.
+                if last_beat(repo, &found)?.seen != Some(READS_ONLY) {
+                    fence(repo, &found.id)?;
                 }
-            },
-            // It is ending. What it stored is seen in its snapshot, if it commits.
-            Err(StorageError::Missing { .. }) => Beat::default(),
-            Err(other) => return Err(other.into()),
-        };
+                remove_beats(repo, &found)?;
+            }
+            continue;
+        }
+        let beat = last_beat(repo, &found)?;
         open.push(OpenSession {
             id: found.id,
             seen: beat.seen,
@@ -166,6 +225,24 @@ pub(crate) fn open_sessions(repo: &Repository) -> Result<Vec<OpenSession>, RepoE
         });
     }
     Ok(open)
+}
+
+/// Reads the last beat; one that says nothing stands for one that cannot be read.
+fn last_beat(repo: &Repository, found: &Announced) -> Result<Beat, RepoError> {
+    let last = found.beats.keys().next_back().copied().unwrap_or(0);
+    let name = beat_file(&found.id, last);
+    match repo.storage().read(&name, MAX_SMALL_FILE) {
+        Ok(bytes) => Ok(
+            Beat::decode(&bytes, repo.keys().mac()).unwrap_or_else(|error| {
+                let error = error.in_file(&name);
+                tracing::error!(%error, "an open session cannot be read; it is waited for");
+                Beat::default()
+            }),
+        ),
+        // It is ending. What it stored is seen in its snapshot, if it commits.
+        Err(StorageError::Missing { .. }) => Ok(Beat::default()),
+        Err(other) => Err(other.into()),
+    }
 }
 
 /// Makes it impossible for a session to commit; one that has committed is left alone.
@@ -255,6 +332,9 @@ fn parse(name: &str) -> Option<(SnapshotId, u64)> {
     let parsed = (id.parse().ok()?, number.parse().ok()?);
     (beat_file(&parsed.0, parsed.1) == name).then_some(parsed)
 }
+
+/// What those have seen who refer to nothing that they store: no generation is of any interest to them.
+const READS_ONLY: u64 = u64::MAX;
 
 /// How often a session shows that it lives.
 const BEAT: Duration = Duration::from_secs(600);

@@ -5,20 +5,26 @@ use super::repository::{Repository, create};
 use super::storage::StorageError;
 
 impl Repository {
-    /// Sets room aside, unless that is done or there is none.
+    /// Sets room aside, or as much of it as there is.
     pub fn make_reserve(&self) -> Result<(), RepoError> {
         match self.storage().len(RESERVE) {
-            Ok(_) => return Ok(()),
+            Ok(len) if len >= RESERVE_BYTES as u64 => return Ok(()),
+            // There was less room then.
+            Ok(_) => self.spend_reserve()?,
             Err(StorageError::Missing { .. }) => {}
             Err(other) => return Err(other.into()),
         }
         // Some file systems store nothing for zeros.
         let mut noise = vec![0; RESERVE_BYTES];
         getrandom::fill(&mut noise).map_err(|e| RepoError::io("draw random bytes", e.into()))?;
-        match create(&**self.storage(), RESERVE, &noise) {
-            Ok(()) | Err(RepoError::NotEmpty { .. } | RepoError::NoRoom { .. }) => Ok(()),
-            Err(other) => Err(other),
+        while noise.len() >= LEAST_BYTES {
+            match create(&**self.storage(), RESERVE, &noise) {
+                Ok(()) | Err(RepoError::NotEmpty { .. }) => return Ok(()),
+                Err(RepoError::NoRoom { .. }) => noise.truncate(noise.len() / 2),
+                Err(other) => return Err(other),
+            }
         }
+        Ok(())
     }
 
     /// Gives the room back.
@@ -34,3 +40,6 @@ const RESERVE: &str = "reserve";
 
 /// Room for the names of more than 200,000 packs.
 const RESERVE_BYTES: usize = 4 << 20;
+
+/// Room for a few thousand names.
+const LEAST_BYTES: usize = 64 << 10;

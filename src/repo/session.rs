@@ -20,6 +20,7 @@ use super::presence::Presence;
 use super::repository::Repository;
 use super::snapshot::{MapRoot, Snapshot, SnapshotDraft};
 use super::storage::StorageError;
+use crate::meter::Meter;
 
 /// How a session stores.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,6 +67,21 @@ pub struct StoredChunk {
     pub stored_bytes: u64,
 }
 
+/// Where the time of storing goes, over all threads.
+#[derive(Debug, Default)]
+pub struct StoreMeters {
+    /// Looking for zeros and hashing.
+    pub hash: Meter,
+    /// Asking whether the repository has a chunk.
+    pub lookup: Meter,
+    /// Compressing what is new.
+    pub compress: Meter,
+    /// Encrypting, and putting into a pack, with the wait for the disk when packs are written more slowly than filled.
+    pub pack: Meter,
+    /// Making all durable and publishing the snapshot.
+    pub commit: Meter,
+}
+
 impl Session {
     pub(crate) fn begin(
         repo: Arc<Repository>,
@@ -93,6 +109,7 @@ impl Session {
             packs_there: Mutex::default(),
             roots: Mutex::default(),
             spilling: Mutex::default(),
+            meters: StoreMeters::default(),
             finished: AtomicBool::new(false),
         };
         Ok(Self {
@@ -137,6 +154,11 @@ impl Session {
         self.core.store_chunk(plain)
     }
 
+    /// Where the time of storing went so far.
+    pub fn meters(&self) -> &StoreMeters {
+        &self.core.meters
+    }
+
     /// Begins the map of a disk of `disk_bytes` bytes; the parent is a map of one of the session's parents, and its disk's
     /// size in bytes.
     pub fn map_writer(
@@ -164,7 +186,7 @@ impl Session {
 
     /// Makes all durable, then publishes the snapshot; returns when that is durable too.
     pub fn commit(&self, draft: SnapshotDraft) -> Result<Snapshot, RepoError> {
-        self.core.commit(draft)
+        self.core.meters.commit.time(|| self.core.commit(draft))
     }
 }
 
@@ -187,6 +209,7 @@ pub(crate) struct SessionCore {
     /// The roots that this session's map writers finished.
     roots: Mutex<HashSet<Root>>,
     spilling: Mutex<()>,
+    meters: StoreMeters,
     finished: AtomicBool,
 }
 
@@ -240,15 +263,19 @@ impl SessionCore {
             is_new: false,
             stored_bytes: 0,
         };
-        if is_zero(plain) {
+        let meters = &self.meters;
+        let hash = || (!is_zero(plain)).then(|| self.repo.keys().chunk_id(plain));
+        let Some(id) = meters.hash.time(hash) else {
             return Ok(known(None));
-        }
-        let id = self.repo.keys().chunk_id(plain);
-        if let Some(place) = self.known(PackKind::Data, id.as_bytes())? {
+        };
+        let lookup = || self.known(PackKind::Data, id.as_bytes());
+        if let Some(place) = meters.lookup.time(lookup)? {
             return Ok(known(Some(ChunkEntry { id, place })));
         }
         COMPRESSED.with_borrow_mut(|compressed| {
-            let flags = compress(plain, self.compression, compressed)
+            let flags = meters
+                .compress
+                .time(|| compress(plain, self.compression, compressed))
                 .map_err(|e| RepoError::io("compress a chunk", e))?;
             let body = match (self.repo.encryption(), flags) {
                 (Encryption::None, RecordFlags::RAW) => Body::Clear(plain),
@@ -260,7 +287,8 @@ impl SessionCore {
                 }
                 (Encryption::Aes256Gcm, _) => Body::ToSeal(compressed),
             };
-            let (place, is_new) = self.append(PackKind::Data, id.as_bytes(), body, flags)?;
+            let append = || self.append(PackKind::Data, id.as_bytes(), body, flags);
+            let (place, is_new) = meters.pack.time(append)?;
             Ok(StoredChunk {
                 entry: Some(ChunkEntry { id, place }),
                 is_new,

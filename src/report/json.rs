@@ -224,7 +224,15 @@ struct BackupResult {
     finished: String,
     duration_seconds: f64,
     disks: Vec<DiskBackupResult>,
+    stages: Vec<StageResult>,
     warnings: Vec<WarningLine>,
+}
+
+#[derive(Serialize)]
+struct StageResult {
+    stage: &'static str,
+    busy_seconds: f64,
+    depth: f64,
 }
 
 impl From<&BackupOutcome> for BackupResult {
@@ -237,6 +245,15 @@ impl From<&BackupOutcome> for BackupResult {
             finished: time(o.finished),
             duration_seconds: o.duration.as_secs_f64(),
             disks: o.disks.iter().map(Into::into).collect(),
+            stages: o
+                .stages
+                .iter()
+                .map(|time| StageResult {
+                    stage: time.stage,
+                    busy_seconds: time.busy.as_secs_f64(),
+                    depth: time.depth(o.duration),
+                })
+                .collect(),
             warnings: o.warnings.iter().map(Into::into).collect(),
         }
     }

@@ -34,10 +34,10 @@ fn rules_are_applied_for_each_disk_and_say_why() {
     let rules = ["forget", "--keep-last", "1", "--keep-tag", "gold"];
     let dry = lab.run(&[&rules[..], &["--dry-run"]].concat()).result();
     assert_eq!(dry["dry_run"], true);
-    assert_eq!(ids(&dry["forgotten"]), [middle.clone()]);
+    assert_eq!(ids(&dry["forgotten"]), std::slice::from_ref(&middle));
     assert_eq!(lab.snapshots().len(), 4);
     let done = lab.run(&rules).result();
-    assert_eq!(ids(&done["forgotten"]), [middle.clone()]);
+    assert_eq!(ids(&done["forgotten"]), std::slice::from_ref(&middle));
     let kept: Vec<(String, Value)> = done["kept"]
         .as_array()
         .unwrap()
@@ -133,7 +133,7 @@ fn forget_and_prune_in_one_go() {
     ];
     let result = lab.run(&args).result();
     assert_eq!(number(&result["prune"], "snapshots_removed"), 1);
-    assert_eq!(lab.snapshots(), [new.clone()]);
+    assert_eq!(lab.snapshots(), std::slice::from_ref(&new));
     lab.assert_restores(&new, &second);
 }
 

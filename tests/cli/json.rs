@@ -53,6 +53,26 @@ fn result_of_a_backup_has_every_field_of_the_contract() {
 }
 
 #[test]
+fn stages_of_a_backup_tell_where_its_time_went() {
+    let lab = Lab::new();
+    let image = lab.raw("vda.raw", 8 * MIB, 7);
+    let result = lab.backup("full", &image, &[]);
+    let duration = result["duration_seconds"].as_f64().unwrap();
+    let stages = result["stages"].as_array().unwrap();
+    let names: Vec<String> = stages.iter().map(|s| text(s, "stage")).collect();
+    let expected = [
+        "walk", "read", "wait", "hash", "lookup", "compress", "pack", "commit",
+    ];
+    assert_eq!(names, expected);
+    for stage in stages {
+        let busy = stage["busy_seconds"].as_f64().unwrap();
+        let depth = stage["depth"].as_f64().unwrap();
+        assert!(busy > 0.0, "{stage}");
+        assert!((depth * duration - busy).abs() < 1e-6, "{stage}");
+    }
+}
+
+#[test]
 fn progress_comes_in_order_and_within_bounds() {
     let lab = Lab::new();
     let image = lab.raw("vda.raw", 32 * MIB, 2);

@@ -6,6 +6,7 @@ mod copy;
 mod forget;
 mod json;
 mod key;
+mod reader;
 mod snapshots;
 #[path = "../support/mod.rs"]
 mod support;

@@ -59,7 +59,9 @@ fn reader_restores_what_was_backed_up() {
     agree(&lab, &[], &[]);
     // A damaged chunk is an error there too.
     let files = lab.repository_files();
-    let pack = files.iter().find(|f| f.to_str().unwrap().contains("/packs/"));
+    let pack = files
+        .iter()
+        .find(|f| f.to_str().unwrap().contains("/packs/"));
     let mut bytes = std::fs::read(pack.unwrap()).unwrap();
     bytes[100] ^= 1;
     std::fs::remove_file(pack.unwrap()).unwrap();

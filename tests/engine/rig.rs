@@ -119,6 +119,7 @@ impl Rig {
             follow,
             starts: starts.iter().map(|s| (*s).to_owned()).collect(),
             connections: 2,
+            retry_time: std::time::Duration::ZERO,
             compression: None,
         };
         let outcome = engine::backup(

@@ -5,6 +5,8 @@ mod crash;
 mod damage;
 mod fallback;
 mod live;
+mod nbd_faults;
+mod nbd_restore;
 mod resize;
 mod restore;
 mod serve;

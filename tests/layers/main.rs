@@ -8,17 +8,20 @@ use std::path::{Path, PathBuf};
 /// The first row whose place starts a file's path decides.
 const LAYERS: &[(&str, &[&str])] = &[
     ("range.rs", &[]),
+    ("meter.rs", &[]),
     ("nbd/wire", &[]),
     ("nbd/session", &["nbd/wire", "range"]),
     ("nbd", &["nbd", "range"]),
-    ("repo", &["repo", "range"]),
+    ("repo", &["repo", "range", "meter"]),
     ("qemu", &["range"]),
-    ("engine", &["nbd", "repo", "qemu", "range"]),
+    ("engine", &["nbd", "repo", "qemu", "range", "meter"]),
     ("report", &["engine"]),
     ("cli", &["engine", "report", "nbd", "repo", "qemu", "range"]),
     (
         "lib.rs",
-        &["cli", "engine", "nbd", "qemu", "range", "repo", "report"],
+        &[
+            "cli", "engine", "meter", "nbd", "qemu", "range", "repo", "report",
+        ],
     ),
     ("main.rs", &["cli"]),
 ];

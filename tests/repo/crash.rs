@@ -175,17 +175,19 @@ fn init_that_dies_at_any_call_can_be_done_again() {
         let storage = MemoryStorage::new();
         let faulty = FaultStorage::new(Arc::new(storage.clone()), at, Fault::Dead);
         let done = Repository::init(Arc::new(faulty.clone()), &options()).is_ok();
-        let after = storage.after_power_failure(|_| at % 2 == 0);
-        let repo = match Repository::open(Arc::new(after.clone())) {
-            Ok(repo) => repo,
-            Err(RepoError::NotARepository { .. }) => {
-                assert!(!done);
-                Repository::init(Arc::new(after), &options()).unwrap()
-            }
-            Err(other) => panic!("call {at}: {other:?}"),
-        };
-        backup(&repo, &[7; 3 * CHUNK]).unwrap();
+        for (left, after) in power_failures(&storage, at) {
+            let repo = match Repository::open(Arc::new(after.clone())) {
+                Ok(repo) => repo,
+                Err(RepoError::NotARepository { .. }) => {
+                    assert!(!done);
+                    Repository::init(Arc::new(after), &options()).unwrap()
+                }
+                Err(other) => panic!("call {at}, {left} left: {other:?}"),
+            };
+            backup(&repo, &[7; 3 * CHUNK]).unwrap();
+        }
         if done && faulty.calls() < at {
+            println!("init: {} calls", at - 1);
             break;
         }
     }

@@ -232,9 +232,8 @@ fn key_commands_that_die_at_any_call_lock_nobody_out() {
             let faulty = FaultStorage::new(Arc::new(storage.clone()), at, Fault::Dead);
             let opened = Repository::open_with(Arc::new(faulty.clone()), Some(&password("old")));
             let done = opened.and_then(|repo| command(&repo)).is_ok();
-            for survives in [true, false] {
-                let after = storage.after_power_failure(|_| survives);
-                let what = format!("{name} call {at}");
+            for (left, after) in power_failures(&storage, at) {
+                let what = format!("{name} call {at}, {left} left");
                 let other = open(&after, &key_file()).unwrap_or_else(|e| panic!("{what}: {e}"));
                 let (old, new) = (
                     open(&after, &password("old")).is_ok(),
@@ -259,6 +258,7 @@ fn key_commands_that_die_at_any_call_lock_nobody_out() {
                 }
             }
             if done && faulty.calls() < at {
+                println!("key {name}: {} calls", at - 1);
                 break;
             }
         }
@@ -274,23 +274,25 @@ fn encrypted_init_that_dies_at_any_call_can_be_done_again() {
         };
         let faulty = FaultStorage::new(Arc::new(storage.clone()), at, Fault::Dead);
         let done = init(Arc::new(faulty.clone())).is_ok();
-        let after = storage.after_power_failure(|_| at % 2 == 0);
-        let repo = match open(&after, &key_file()) {
-            Ok(repo) => repo,
-            Err(RepoError::NotARepository { .. }) => {
-                assert!(!done);
-                if !after.list("").unwrap().is_empty() {
-                    // What is left is not taken up as something else.
-                    let plain = Repository::init(Arc::new(after.clone()), &options());
-                    assert!(matches!(plain, Err(RepoError::NotEmpty { .. })));
+        for (left, after) in power_failures(&storage, at) {
+            let repo = match open(&after, &key_file()) {
+                Ok(repo) => repo,
+                Err(RepoError::NotARepository { .. }) => {
+                    assert!(!done);
+                    if !after.list("").unwrap().is_empty() {
+                        // What is left is not taken up as something else.
+                        let plain = Repository::init(Arc::new(after.clone()), &options());
+                        assert!(matches!(plain, Err(RepoError::NotEmpty { .. })));
+                    }
+                    init(Arc::new(after)).unwrap()
                 }
-                init(Arc::new(after)).unwrap()
-            }
-            Err(other) => panic!("call {at}: {other:?}"),
-        };
-        assert_eq!(repo.encryption(), Encryption::Aes256Gcm);
-        backup(&repo, &[7; 3 * CHUNK]).unwrap();
+                Err(other) => panic!("call {at}, {left} left: {other:?}"),
+            };
+            assert_eq!(repo.encryption(), Encryption::Aes256Gcm);
+            backup(&repo, &[7; 3 * CHUNK]).unwrap();
+        }
         if done && faulty.calls() < at {
+            println!("encrypted init: {} calls", at - 1);
             break;
         }
     }

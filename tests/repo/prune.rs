@@ -30,7 +30,7 @@ fn packs(storage: &dyn Storage) -> usize {
     storage.list("packs/").unwrap().len() + storage.list("meta/").unwrap().len()
 }
 
-fn noise(seed: u64, chunks: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, chunks: usize) -> Vec<u8> {
     let mut disk = vec![0; chunks * CHUNK];
     let mut hasher = blake3::Hasher::new();
     hasher.update(&seed.to_le_bytes());
@@ -178,7 +178,8 @@ fn mark_of_a_removed_snapshot_stays_while_an_older_one_of_its_disk_is_there() {
             let (root, _) = store_disk(&session, &noise(generation, 1)).unwrap();
             let mut draft = draft("vda", CHUNK as u64, root);
             draft.disks[0].generation = generation;
-            draft.disks[0].bitmap_used = Some("bm0".to_owned());
+            let bitmap = if generation < 3 { "bm0" } else { "bm1" };
+            draft.disks[0].bitmap_used = Some(bitmap.to_owned());
             session.commit(draft).unwrap().id
         })
         .collect();
@@ -195,6 +196,31 @@ fn mark_of_a_removed_snapshot_stays_while_an_older_one_of_its_disk_is_there() {
     repo.prune(&at_once()).unwrap();
     assert!(repo.snapshots().unwrap().forgotten.is_empty());
     assert!(storage.list("forget/").unwrap().is_empty());
+}
+
+#[test]
+fn mark_goes_once_a_later_snapshot_says_all_that_it_says() {
+    let (storage, repo) = new_repo();
+    let store = |generation: u64, bitmap: Option<&str>| {
+        let session = repo.begin(&small_session()).unwrap();
+        let (root, _) = store_disk(&session, &noise(generation, 1)).unwrap();
+        let mut draft = draft("vda", CHUNK as u64, root);
+        draft.disks[0].generation = generation;
+        draft.disks[0].bitmap_used = bitmap.map(str::to_owned);
+        session.commit(draft).unwrap().id
+    };
+    let marks = || storage.list("forget/").unwrap().len();
+    store(1, Some("bm0"));
+    let gone: Vec<SnapshotId> = (2..=9).map(|g| store(g, Some("bm0"))).collect();
+    repo.forget(&gone, 1).unwrap();
+    repo.prune(&at_once()).unwrap();
+    assert_eq!(marks(), 1, "only the last says which comes next");
+    store(10, Some("bm1"));
+    repo.prune(&at_once()).unwrap();
+    assert_eq!(marks(), 1, "nothing later speaks of bm0");
+    store(11, Some("bm0"));
+    repo.prune(&at_once()).unwrap();
+    assert_eq!(marks(), 0);
 }
 
 #[test]
@@ -357,7 +383,8 @@ fn full_disk_is_freed_by_removing_alone() {
     assert!(storage.len("reserve").unwrap() > 1 << 20);
     repo.forget(&[old], 1).unwrap();
     let before = repo_bytes(&storage);
-    let full = Arc::new(FullStorage(storage.clone()));
+    // Not a byte is left but what was set aside.
+    let full = Arc::new(FullStorage(storage.clone(), bytes_in(&storage)));
     let repo = Repository::open(full).unwrap();
     let pruned = repo.prune(&at_once()).unwrap();
     assert!(pruned.no_room && pruned.packs_repacked == 0, "{pruned:?}");

@@ -14,6 +14,8 @@ pub(crate) type Process<T> = Box<dyn FnOnce(Arc<Repository>) -> T + Send>;
 pub(crate) struct Rules {
     /// How often a process that could go on is made to wait for another one.
     pub(crate) switches: usize,
+    /// Of the orders with the most switches, only one in this many is run; 0 runs all.
+    pub(crate) one_in: usize,
     /// Whether nobody seems to hold what it holds, as where locks lie.
     pub(crate) locks_lie: bool,
     /// The process that is killed, and before which of its steps.
@@ -28,7 +30,7 @@ pub(crate) fn explore<T: Send + 'static>(
     check: impl Fn(&MemoryStorage, &[T], &str),
 ) -> usize {
     let mut open: Vec<Vec<usize>> = vec![Vec::new()];
-    let mut runs = 0;
+    let (mut runs, mut skipped) = (0, 0);
     while let Some(prefix) = open.pop() {
         let (storage, processes) = start();
         let (results, trace) = run(rules, &storage, processes, &prefix);
@@ -44,7 +46,10 @@ pub(crate) fn explore<T: Send + 'static>(
             if at >= prefix.len() {
                 for other in turn.enabled.iter().filter(|p| **p != turn.chosen) {
                     let forced = turn.current.is_some_and(|c| turn.enabled.contains(&c));
-                    if switches + usize::from(forced) <= rules.switches {
+                    let needed = switches + usize::from(forced);
+                    skipped += usize::from(needed == rules.switches);
+                    let taken = needed < rules.switches || skipped % rules.one_in.max(1) == 0;
+                    if needed <= rules.switches && taken {
                         let mut next: Vec<usize> = trace[..at].iter().map(|t| t.chosen).collect();
                         next.push(*other);
                         open.push(next);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use nbdbackup::repo::{
     BackupKind, Batcher, ChunkRead, ChunkSize, Compression, DiskRecord, DiskStats, FileInfo, Hold,
@@ -233,6 +234,10 @@ pub(crate) enum Fault {
     NoRoom,
     /// This one call fails.
     Once,
+    /// Nothing fails, but from this call on nobody seems to hold what it holds.
+    LocksLie,
+    /// Nothing fails, but there are no locks, and by the storage's clock all was written so many seconds ago.
+    NoLocks(i64),
 }
 
 /// Storage that fails at the call of a chosen number, counted from 1.
@@ -296,7 +301,14 @@ impl Storage for FaultStorage {
 
     fn list(&self, prefix: &str) -> Result<Vec<FileInfo>, StorageError> {
         self.call(prefix, false)?;
-        self.inner.list(prefix)
+        let mut files = self.inner.list(prefix)?;
+        if let Fault::NoLocks(seconds) = self.fault {
+            let ago = Duration::from_secs(seconds.unsigned_abs());
+            let now = SystemTime::now();
+            let then = if seconds > 0 { now - ago } else { now + ago };
+            files.iter_mut().for_each(|f| f.modified = Some(then));
+        }
+        Ok(files)
     }
 
     fn remove(&self, name: &str) -> Result<(), StorageError> {
@@ -316,7 +328,11 @@ impl Storage for FaultStorage {
 
     fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
         self.call(name, false)?;
-        self.inner.is_held(name)
+        match self.fault {
+            Fault::LocksLie => Ok(Some(false)),
+            Fault::NoLocks(_) => Ok(None),
+            Fault::Dead | Fault::NoRoom | Fault::Once => self.inner.is_held(name),
+        }
     }
 
     fn sweep(&self) -> Result<u64, StorageError> {
@@ -346,13 +362,37 @@ impl NewFile for FaultFile {
     }
 }
 
-/// Storage without room for anything larger than a list of names.
+/// What a power failure may leave of a storage: all, nothing, or any part of what no barrier made durable.
+pub(crate) fn power_failures(storage: &MemoryStorage, seed: u64) -> Vec<(String, MemoryStorage)> {
+    let mut left = vec![
+        ("all".to_owned(), storage.after_power_failure(|_| true)),
+        ("nothing".to_owned(), storage.after_power_failure(|_| false)),
+    ];
+    for mix in 0..3 {
+        let mut rng = Rng(seed.wrapping_mul(31).wrapping_add(mix));
+        let some = storage.after_power_failure(|_| rng.below(2) == 0);
+        left.push((format!("mix {mix}"), some));
+    }
+    left
+}
+
+/// A longer run was asked for; else tests take samples of what takes minutes.
+pub(crate) fn thorough() -> bool {
+    std::env::var_os("NBDBACKUP_TEST_ALL").is_some()
+}
+
+/// Storage with room for so many bytes in all.
 #[derive(Debug)]
-pub(crate) struct FullStorage(pub(crate) MemoryStorage);
+pub(crate) struct FullStorage(pub(crate) MemoryStorage, pub(crate) u64);
 
 impl Storage for FullStorage {
     fn create(&self) -> Result<Box<dyn NewFile>, StorageError> {
-        Ok(Box::new(FullFile(self.0.create()?, 0)))
+        Ok(Box::new(FullFile {
+            inner: self.0.create()?,
+            storage: self.0.clone(),
+            room: self.1,
+            len: 0,
+        }))
     }
 
     fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, StorageError> {
@@ -396,22 +436,32 @@ impl Storage for FullStorage {
     }
 }
 
-struct FullFile(Box<dyn NewFile>, usize);
+struct FullFile {
+    inner: Box<dyn NewFile>,
+    storage: MemoryStorage,
+    room: u64,
+    len: u64,
+}
 
 impl NewFile for FullFile {
     fn write(&mut self, bytes: &[u8]) -> Result<(), StorageError> {
-        self.1 += bytes.len();
-        match self.1 > 16 << 10 {
+        self.len += bytes.len() as u64;
+        match bytes_in(&self.storage) + self.len > self.room {
             true => Err(StorageError::from_io(
                 "write",
                 "a file",
                 std::io::ErrorKind::StorageFull.into(),
             )),
-            false => self.0.write(bytes),
+            false => self.inner.write(bytes),
         }
     }
 
     fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
-        self.0.publish(name)
+        self.inner.publish(name)
     }
+}
+
+/// The bytes of all files.
+pub(crate) fn bytes_in(storage: &MemoryStorage) -> u64 {
+    storage.list("").unwrap().iter().map(|f| f.len).sum()
 }

@@ -54,7 +54,7 @@ async fn server_grants_no_context_or_refuses_all() {
         &b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0a\0\0\0\x01\0\0\0\0"[..],
         b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0a\x80\0\0\x01\0\0\0\x02no",
     ] {
-        let script = [&STRUCTURED[..2], &[answer], &STRUCTURED[4..]].concat();
+        let script = [&STRUCTURED[..3], &[answer], &STRUCTURED[5..]].concat();
         let client = client_of(&joined(&script)).await.0.unwrap();
         assert!(client.export().contexts.is_empty());
         assert!(client.export().structured);
@@ -65,7 +65,7 @@ async fn server_grants_no_context_or_refuses_all() {
 async fn server_knows_no_go() {
     let unsup = b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\x80\0\0\x01\0\0\0\0";
     let export = b"\0\0\0\0\0\x02\0\0\0\x03";
-    let script = [&STRUCTURED[..4], &[unsup, export]].concat();
+    let script = [&STRUCTURED[..5], &[unsup, export]].concat();
     let (client, mut far) = client_of(&joined(&script)).await;
     let client = client.unwrap();
     assert_eq!(client.export().size_bytes, 0x20000);
@@ -86,7 +86,7 @@ async fn server_is_not_fixed_newstyle() {
 #[tokio::test]
 async fn server_refuses_the_export() {
     let refusal = b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\x80\0\0\x06\0\0\0\x08no \x1b[2mx";
-    let script = [&STRUCTURED[..4], &[refusal]].concat();
+    let script = [&STRUCTURED[..5], &[refusal]].concat();
     let fault = fault_of(&joined(&script)).await;
     match &fault.kind {
         ClientErrorKind::Refused(refused) => assert_eq!(refused.text, "no \x1b[2mx"),
@@ -121,11 +121,11 @@ async fn server_answers_wrongly() {
     };
     let size = |size: u64| [&[0, 0][..], &size.to_be_bytes(), &[0, 0x8f]].concat();
     for (bytes, what) in [
-        (with(STRUCTURED, 1, STRUCTURED[6]), "another option"),
+        (with(STRUCTURED, 2, STRUCTURED[7]), "another option"),
         (
             with(
                 STRUCTURED,
-                1,
+                2,
                 b"\0\x03\xe8\x89\x04\x55\x65\xaa\0\0\0\x08\0\0\0\x01\0\0\0\0",
             ),
             "a wrong magic",
@@ -133,7 +133,7 @@ async fn server_answers_wrongly() {
         (
             with(
                 STRUCTURED,
-                1,
+                2,
                 b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x08\0\0\0\x01\xff\xff\xff\xff",
             ),
             "an endless answer",
@@ -141,36 +141,36 @@ async fn server_answers_wrongly() {
         (
             with(
                 STRUCTURED,
-                2,
+                3,
                 b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0a\0\0\0\x04\0\0\0\x07\0\0\0\x05a:b",
             ),
             "a context not asked for",
         ),
         (
-            joined(&[&STRUCTURED[..3], &STRUCTURED[2..]].concat()),
+            joined(&[&STRUCTURED[..4], &STRUCTURED[3..]].concat()),
             "a context twice",
         ),
         (
-            with(STRUCTURED, 5, &go(b"\0\0\0\x63", b"")),
+            with(STRUCTURED, 6, &go(b"\0\0\0\x63", b"")),
             "an unknown code",
         ),
-        (with(STRUCTURED, 5, b""), "no size"),
+        (with(STRUCTURED, 6, b""), "no size"),
         (
-            with(STRUCTURED, 5, &go(b"\0\0\0\x03", &size(1 << 63))),
+            with(STRUCTURED, 6, &go(b"\0\0\0\x03", &size(1 << 63))),
             "2^63",
         ),
         (
-            with(STRUCTURED, 5, &go(b"\0\0\0\x03", &size(u64::MAX))),
+            with(STRUCTURED, 6, &go(b"\0\0\0\x03", &size(u64::MAX))),
             "2^64",
         ),
         (
-            with(STRUCTURED, 5, &go(b"\0\0\0\x03", b"\0\0\0")),
+            with(STRUCTURED, 6, &go(b"\0\0\0\x03", b"\0\0\0")),
             "half a size",
         ),
         (
             with(
                 STRUCTURED,
-                4,
+                5,
                 &go(b"\0\0\0\x03", b"\0\x03\0\0\0\x03\0\0\x10\0\0\x01\0\0"),
             ),
             "a block size of 3",
@@ -191,8 +191,8 @@ async fn server_answers_wrongly() {
 async fn server_answers_without_end() {
     let (near, mut far) = tokio::io::duplex(1 << 16);
     let endless = async {
-        far.write_all(&joined(&STRUCTURED[..4])).await.unwrap();
-        while far.write_all(STRUCTURED[5]).await.is_ok() {}
+        far.write_all(&joined(&STRUCTURED[..5])).await.unwrap();
+        while far.write_all(STRUCTURED[6]).await.is_ok() {}
     };
     let client = async {
         let options = options();

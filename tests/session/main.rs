@@ -4,9 +4,14 @@ mod both_ends;
 #[allow(dead_code)] // the tests with other programs use more of it
 #[path = "../support/certificates.rs"]
 mod certificates;
+mod changes;
 mod client_faults;
 mod client_handshake;
 mod disk;
+mod extended;
+mod fuzz;
+mod protocol_doc;
+mod retry;
 mod script;
 mod server_handshake;
 mod server_requests;

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 /// What a server sends to a client that asks for `base:allocation` (granted as 5) of the export `d` of 64 KiB.
 pub(crate) const STRUCTURED: &[&[u8]] = &[
     b"NBDMAGICIHAVEOPT\0\x03",
+    b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0b\x80\0\0\x01\0\0\0\0",
     b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x08\0\0\0\x01\0\0\0\0",
     b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0a\0\0\0\x04\0\0\0\x13\0\0\0\x05base:allocation",
     b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0a\0\0\0\x01\0\0\0\0",
@@ -17,9 +18,28 @@ pub(crate) const STRUCTURED: &[&[u8]] = &[
     b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x01\0\0\0\0",
 ];
 
+/// The same with extended headers; contexts can be asked for one by one.
+pub(crate) const EXTENDED: &[&[u8]] = &[
+    b"NBDMAGICIHAVEOPT\0\x03",
+    b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0b\0\0\0\x01\0\0\0\0",
+    b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0a\0\0\0\x04\0\0\0\x13\0\0\0\x05base:allocation",
+    b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0a\0\0\0\x01\0\0\0\0",
+    b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x03\0\0\0\x0c\0\0\0\0\x01\0\0\0\0\0\x1d\xed",
+    b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x01\0\0\0\0",
+];
+
+/// What the client sends to a server that speaks as [`EXTENDED`].
+pub(crate) const EXTENDED_CLIENT: &[&[u8]] = &[
+    b"\0\0\0\x03",
+    b"IHAVEOPT\0\0\0\x0b\0\0\0\0",
+    b"IHAVEOPT\0\0\0\x0a\0\0\0\x1c\0\0\0\x01d\0\0\0\x01\0\0\0\x0fbase:allocation",
+    b"IHAVEOPT\0\0\0\x07\0\0\0\x0d\0\0\0\x01d\0\x03\0\x03\0\x01\0\x02",
+];
+
 /// The same without structured replies.
 pub(crate) const SIMPLE: &[&[u8]] = &[
     b"NBDMAGICIHAVEOPT\0\x03",
+    b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x0b\x80\0\0\x01\0\0\0\0",
     b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x08\x80\0\0\x01\0\0\0\0",
     b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x03\0\0\0\x0c\0\0\0\0\0\0\0\x01\0\0\0\x0f",
     b"\0\x03\xe8\x89\x04\x55\x65\xa9\0\0\0\x07\0\0\0\x01\0\0\0\0",
@@ -28,6 +48,7 @@ pub(crate) const SIMPLE: &[&[u8]] = &[
 /// What the client sends until it enters the transmission phase with [`STRUCTURED`].
 pub(crate) const CLIENT: &[&[u8]] = &[
     b"\0\0\0\x03",
+    b"IHAVEOPT\0\0\0\x0b\0\0\0\0",
     b"IHAVEOPT\0\0\0\x08\0\0\0\0",
     b"IHAVEOPT\0\0\0\x0a\0\0\0\x1c\0\0\0\x01d\0\0\0\x01\0\0\0\x0fbase:allocation",
     b"IHAVEOPT\0\0\0\x07\0\0\0\x0d\0\0\0\x01d\0\x03\0\x03\0\x01\0\x02",

@@ -91,6 +91,7 @@ const POLICY: u32 = 0x8000_0002;
 const INVALID: u32 = 0x8000_0003;
 const UNKNOWN: u32 = 0x8000_0006;
 const TOO_BIG: u32 = 0x8000_0009;
+const EXT_HEADER_REQD: u32 = 0x8000_000a;
 
 #[tokio::test]
 async fn go_tells_block_sizes_before_the_size() {
@@ -125,7 +126,7 @@ async fn list_tells_names_and_descriptions_again_and_again() {
 #[tokio::test]
 async fn unknown_options_are_refused_and_their_payload_is_passed_over() {
     let (mut near, served) = greeted().await;
-    for code in [0, 4, 11, 12, 99, u32::MAX] {
+    for code in [0, 4, 12, 99, u32::MAX] {
         assert_eq!(refusal(&mut near, code, b"").await, UNSUP, "{code}");
         assert_eq!(refusal(&mut near, code, &[b'I'; 60_000]).await, UNSUP);
         assert_eq!(refusal(&mut near, code, &[b'I'; 200_000]).await, UNSUP);
@@ -155,6 +156,10 @@ async fn malformed_options_are_refused_and_the_handshake_goes_on() {
     );
     assert_eq!(ask(&mut near, 8, b"").await, [(1, Vec::new())]);
     assert_eq!(refusal(&mut near, 8, b"").await, INVALID);
+    assert_eq!(refusal(&mut near, 11, b"x").await, INVALID);
+    assert_eq!(ask(&mut near, 11, b"").await, [(1, Vec::new())]);
+    assert_eq!(refusal(&mut near, 11, b"").await, INVALID);
+    assert_eq!(refusal(&mut near, 8, b"").await, EXT_HEADER_REQD);
     for code in [6, 7] {
         assert_eq!(refusal(&mut near, code, b"").await, INVALID);
         assert_eq!(refusal(&mut near, code, b"\0\0\0\x01d\0\0x").await, INVALID);
@@ -329,6 +334,10 @@ async fn client_that_cannot_be_answered_is_hung_up_on() {
             "a name that is no name",
         ),
         (joined(&[FLAGS, &option(1, &[b'x'; 4097])]), "a long name"),
+        (
+            joined(&[FLAGS, &option(11, b""), &option(1, b"d")]),
+            "EXPORT_NAME after EXTENDED_HEADERS",
+        ),
         (joined(&[FLAGS, &long_name]), "an endless name"),
         (
             joined(&[FLAGS, b"IHAVEOPT\0\0\0\x63\x02\0\0\x01"]),

@@ -1,10 +1,14 @@
 //! Our server against clients that send requests oddly or wrongly.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nbdbackup::nbd::server::{ServeError, Server, ServerOptions};
+use nbdbackup::nbd::transport::Listener;
+use nbdbackup::nbd::uri::Endpoint;
 use nbdbackup::range::ByteRange;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
@@ -268,4 +272,45 @@ async fn replies_come_as_they_are_ready() {
     gate.add_permits(1);
     let reply = received(&mut near, 32).await;
     assert_eq!(reply[..16], *b"\x67\x44\x66\x98\0\0\0\0the slow");
+}
+
+#[tokio::test]
+async fn request_that_waits_while_the_server_stops_is_told_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let mut disk = disk();
+    let gate = Arc::new(Semaphore::new(0));
+    disk.gate = Some(gate.clone());
+    let disk = Arc::new(disk);
+    let options = ServerOptions {
+        requests_per_connection: 1,
+        ..ServerOptions::default()
+    };
+    let server = Server::new(vec![("d".to_owned(), disk.clone() as _)], options).unwrap();
+    let listener = Listener::bind(&Endpoint::Unix(path.clone())).await.unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serve = async move {
+        let stopped = async { drop(stopped.await) };
+        server.serve(listener, stopped).await;
+    };
+    let served = tokio::spawn(serve);
+    let mut near = UnixStream::connect(&path).await.unwrap();
+    near.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\x01d")
+        .await
+        .unwrap();
+    let slow = request(0, 0, b"the slow", 0, 16);
+    let mut late = request(1, 0, b"too late", 0, 4);
+    late.extend(b"junk");
+    near.write_all(&[slow, late].concat()).await.unwrap();
+    while disk.reads.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    stop.send(()).unwrap();
+    gate.add_permits(1);
+    let mut told = Vec::new();
+    in_time(near.read_to_end(&mut told)).await.unwrap();
+    let replies = &told[18 + 10..];
+    assert_eq!(replies[..16], *b"\x67\x44\x66\x98\0\0\0\0the slow");
+    assert_eq!(replies[32..], *b"\x67\x44\x66\x98\0\0\0\x6ctoo late");
+    in_time(served).await.unwrap();
 }

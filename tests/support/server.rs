@@ -34,6 +34,18 @@ impl Server {
         )
     }
 
+    /// Starts `qemu-nbd` for an export that clients may write.
+    pub(crate) fn qemu_nbd_writable(socket: &str, export: &str, args: &[&str]) -> Self {
+        let args = [&["--persistent", "--shared=8", "-x", export], args].concat();
+        Self::start(
+            listen(socket),
+            uri(socket, export),
+            socket,
+            "qemu-nbd",
+            &args,
+        )
+    }
+
     /// Starts `qemu-nbd` on a TCP port of its own; `log` is where its stderr goes.
     pub(crate) fn qemu_nbd_tcp(log: &str, export: &str, args: &[&str]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::cli::args::{Backup, Full, Global, Incremental};
 use crate::cli::config;
@@ -75,6 +76,7 @@ async fn run_until(
         follow,
         starts,
         connections: args.connections,
+        retry_time: Duration::from_secs_f64(args.retry_time),
         compression,
     };
     let catalog = config::open(global).await?;

@@ -4,6 +4,7 @@ mod raw;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
@@ -152,10 +153,17 @@ impl SourceSpec {
         contexts: Vec<String>,
         bitmap: Option<&str>,
         connections: u8,
+        retry_time: Duration,
     ) -> Result<OpenSource, EngineError> {
+        let retry_time = match &self.place {
+            Place::Nbd(_) => retry_time,
+            // A child of ours that has ended does not come back.
+            Place::Image { .. } => retry_time.min(IMAGE_RETRY),
+        };
         let options = ClientOptions {
             connections: usize::from(connections),
             contexts,
+            retry_time,
             ..ClientOptions::default()
         };
         match &self.place {
@@ -248,3 +256,6 @@ impl OpenSource {
         }
     }
 }
+
+/// How long to wait for a server of our own.
+const IMAGE_RETRY: Duration = Duration::from_secs(2);

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
@@ -13,10 +14,11 @@ use super::super::session::client::{Asked, ExportDetails, InFlight, Replies};
 use super::super::tls::TlsClient;
 use super::super::transport::Stream;
 use super::super::uri::NbdUri;
-use super::super::wire::{CommandFlags, Dialect, Request};
+use super::super::wire::{Command, CommandFlags, Dialect, MetaContext, Request, StatusFilter};
 use super::handshake::Wire;
 use super::reader::{Answer, Filled, Owner, Reader};
-use super::{ClientError, ClientErrorKind, ClientOptions, Permits, Phase, writer};
+use super::writer::{self, Batch};
+use super::{ClientError, ClientErrorKind, ClientOptions, Permits, Phase};
 use crate::range::ByteRange;
 
 /// A connection whose handshake is done, and what was agreed on.
@@ -24,13 +26,13 @@ pub(super) struct Opened {
     pub(super) connection: Connection,
     pub(super) details: ExportDetails,
     pub(super) dialect: Dialect,
-    pub(super) contexts: Vec<String>,
+    pub(super) contexts: Vec<MetaContext>,
 }
 
 /// One connection in the transmission phase.
 pub(super) struct Connection {
     shared: Arc<Shared>,
-    reader: Option<JoinHandle<()>>,
+    reader: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What the callers, the reader and the writer of a connection share.
@@ -50,7 +52,7 @@ pub(super) struct Shared {
 /// The part that is changed under a lock, which is never held across an await.
 pub(super) struct State {
     pub(super) in_flight: InFlight<Owner>,
-    pub(super) outgoing: Vec<u8>,
+    pub(super) outgoing: Batch,
     /// When the first of the requests in flight was sent.
     pub(super) busy_since: Instant,
     /// When the goodbye was asked for.
@@ -117,7 +119,7 @@ impl Connection {
             dialect: agreed.dialect,
             state: Mutex::new(State {
                 in_flight: InFlight::default(),
-                outgoing: Vec::new(),
+                outgoing: Batch::default(),
                 busy_since: Instant::now(),
                 closing: None,
                 fault: None,
@@ -134,11 +136,11 @@ impl Connection {
         Ok(Opened {
             connection: Self {
                 shared,
-                reader: Some(reader),
+                reader: Mutex::new(Some(reader)),
             },
             details: agreed.details,
             dialect: agreed.dialect,
-            contexts: agreed.contexts.into_iter().map(|c| c.name).collect(),
+            contexts: agreed.contexts,
         })
     }
 
@@ -146,25 +148,60 @@ impl Connection {
     pub(super) async fn read(
         &self,
         range: ByteRange,
+        in_one: bool,
         buf: Vec<u8>,
         base: usize,
         permits: Permits,
     ) -> Result<Filled, ClientError> {
         let (send, reply) = oneshot::channel();
         let answer = Answer::Read { buf, base, send };
-        self.start(Asked::Read(range), Owner::new(answer, permits))?;
+        let flags = match in_one {
+            true => CommandFlags::DF,
+            false => CommandFlags::NONE,
+        };
+        let asked = Asked::Read(range);
+        self.start(asked, flags, None, Owner::new(answer, permits))?;
         reply.await.unwrap_or_else(|_| Err(self.fault()))
     }
 
-    /// Asks for the extents of a range, one list for each granted context.
+    /// Asks for the extents of a range: one list for each granted context, or the list of only one.
     pub(super) async fn block_status(
         &self,
         range: ByteRange,
+        only: Option<(usize, u32)>,
         permits: Permits,
     ) -> Result<Vec<Vec<Extent>>, ClientError> {
         let (send, reply) = oneshot::channel();
-        let answer = Answer::Status { send };
-        self.start(Asked::Status(range), Owner::new(answer, permits))?;
+        let owner = Owner::new(Answer::Status { send }, permits);
+        let filter = only.map(|(_, id)| {
+            let mut payload = Vec::with_capacity(StatusFilter::len(1));
+            StatusFilter {
+                length: range.len(),
+                contexts: vec![id],
+            }
+            .encode(&mut payload);
+            Bytes::from(payload)
+        });
+        let asked = Asked::Status {
+            range,
+            only: only.map(|(at, _)| at),
+        };
+        self.start(asked, CommandFlags::NONE, filter, owner)?;
+        reply.await.unwrap_or_else(|_| Err(self.fault()))
+    }
+
+    /// Has something done to a range; the bytes of a write are its payload.
+    pub(super) async fn effect(
+        &self,
+        command: Command,
+        range: ByteRange,
+        flags: CommandFlags,
+        payload: Option<Bytes>,
+        permits: Permits,
+    ) -> Result<(), ClientError> {
+        let (send, reply) = oneshot::channel();
+        let owner = Owner::new(Answer::Effect { send }, permits);
+        self.start(Asked::Effect { command, range }, flags, payload, owner)?;
         reply.await.unwrap_or_else(|_| Err(self.fault()))
     }
 
@@ -175,7 +212,8 @@ impl Connection {
 
     /// Whether requests may be made.
     pub(super) fn is_alive(&self) -> bool {
-        self.shared.lock().fault.is_none()
+        let state = self.shared.lock();
+        state.fault.is_none() && state.closing.is_none()
     }
 
     /// Why the connection is over.
@@ -185,13 +223,17 @@ impl Connection {
     }
 
     /// Waits for what is in flight, says goodbye and closes.
-    pub(super) async fn close(mut self) -> Result<(), ClientError> {
+    pub(super) async fn close(&self) -> Result<(), ClientError> {
         self.shared.say_goodbye();
-        if let Some(reader) = self.reader.take() {
+        let reader = {
+            let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+            reader.take()
+        };
+        if let Some(reader) = reader {
             // A panic of the reader has been reported where it happened.
             let _ = reader.await;
         }
-        match self.shared.lock().fault.take() {
+        match self.shared.lock().fault.clone() {
             None => Ok(()),
             Some(fault) => match fault.kind {
                 ClientErrorKind::Left => Ok(()),
@@ -200,7 +242,13 @@ impl Connection {
         }
     }
 
-    fn start(&self, asked: Asked, owner: Owner) -> Result<(), ClientError> {
+    fn start(
+        &self,
+        asked: Asked,
+        mut flags: CommandFlags,
+        payload: Option<Bytes>,
+        owner: Owner,
+    ) -> Result<(), ClientError> {
         let mut state = self.shared.lock();
         if let Some(fault) = &state.fault {
             return Err(fault.clone());
@@ -210,16 +258,26 @@ impl Connection {
         }
         let cookie = state.in_flight.start(asked, owner);
         let range = asked.range();
+        let mut length = range.len();
+        if let Some(payload) = &payload
+            && self.shared.dialect == Dialect::Extended
+        {
+            flags = flags | CommandFlags::PAYLOAD_LEN;
+            length = payload.len() as u64;
+        }
         let request = Request {
-            flags: CommandFlags::NONE,
+            flags,
             command: asked.command(),
             cookie,
             offset: range.start(),
-            length: range.len(),
+            length,
         };
-        if let Err(fault) = request.encode(self.shared.dialect, &mut state.outgoing) {
+        if let Err(fault) = request.encode(self.shared.dialect, &mut state.outgoing.heads) {
             state.in_flight.forget(cookie);
             return Err(ClientErrorKind::Encode(fault).at(&self.shared.peer, Phase::Transmission));
+        }
+        if let Some(payload) = payload {
+            state.outgoing.push_payload(payload);
         }
         self.shared.note_load(&state);
         drop(state);
@@ -260,7 +318,7 @@ impl Shared {
         self.wake.notify_one();
     }
 
-    fn say_goodbye(&self) {
+    pub(super) fn say_goodbye(&self) {
         self.lock().closing.get_or_insert_with(Instant::now);
         self.wake.notify_one();
         self.leaving.notify_one();

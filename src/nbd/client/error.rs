@@ -89,6 +89,18 @@ pub enum ClientErrorKind {
         /// The export's size.
         size_bytes: u64,
     },
+    /// A range at which the server hung up again and again.
+    #[error("server closes the connection whenever {range} is read")]
+    LostAt {
+        /// The range.
+        range: ByteRange,
+    },
+    /// A change of an export that refuses all.
+    #[error("export is read-only")]
+    ReadOnly,
+    /// A change that the export does not know.
+    #[error("{0}")]
+    Unsupported(&'static str),
     /// A request that makes no sense.
     #[error("{0}")]
     Misuse(&'static str),

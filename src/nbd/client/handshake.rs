@@ -5,8 +5,8 @@ use std::io;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::super::session::client::{
-    Abort, AskExport, AwaitExportName, AwaitGreeting, ExportDetails, Heard, NotFixed, Opened,
-    OptionCall, Options, SetContexts, StartTls, StructuredReply,
+    Abort, AskExport, AwaitExportName, AwaitGreeting, ExportDetails, ExtendedHeaders, Heard,
+    NotFixed, Opened, OptionCall, Options, SetContexts, StartTls, StructuredReply,
 };
 use super::super::session::{PeerIncompatible, Refused};
 use super::super::tls::{TlsClient, TlsError};
@@ -73,11 +73,10 @@ impl Wire {
             Opened::Fixed(options) => options,
             Opened::NotFixed(state) => return self.agree_unfixed(state, export).await,
         };
-        let structured;
-        (options, structured) = self.call(options, StructuredReply).await?;
+        options = self.modern(options).await?;
         let mut granted = Vec::new();
         // The choice of contexts has to be the last option before GO and name the same export: some servers drop it.
-        if structured.is_ok() && !contexts.is_empty() {
+        if options.dialect() != Dialect::Simple && !contexts.is_empty() {
             let answer;
             (options, answer) = self
                 .call(options, SetContexts::new(export, contexts))
@@ -91,7 +90,10 @@ impl Wire {
         let dialect = options.dialect();
         let details = match answer {
             Ok(details) => details,
-            Err(refused) if refused.code == OptionReplyCode::ERR_UNSUP => {
+            // Behind extended headers a server has to close at EXPORT_NAME, and knows GO.
+            Err(refused)
+                if refused.code == OptionReplyCode::ERR_UNSUP && dialect != Dialect::Extended =>
+            {
                 let mut out = Vec::new();
                 let wait = options.export_name(export, &mut out)?;
                 self.send(&out).await?;
@@ -107,6 +109,16 @@ impl Wire {
             dialect,
             contexts: granted,
         })
+    }
+
+    /// Asks for the newest headers that the server has; a refusal, whatever its code, means that it has them not.
+    pub(super) async fn modern(&mut self, options: Options) -> Result<Options, ClientErrorKind> {
+        let (options, extended) = self.call(options, ExtendedHeaders).await?;
+        if extended.is_ok() {
+            return Ok(options);
+        }
+        let (options, _) = self.call(options, StructuredReply).await?;
+        Ok(options)
     }
 
     /// Sends one option and waits for its answers.

@@ -1,18 +1,22 @@
 //! An async NBD client: many requests in flight, over several connections where the server allows it.
 
+mod changes;
 mod connection;
 mod error;
 mod handshake;
 mod list;
+mod pool;
 mod reader;
+mod reads;
 mod reply;
 mod writer;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 
 use super::session::{BlockSize, limits};
 use super::tls::TlsClient;
@@ -21,6 +25,7 @@ use super::uri::NbdUri;
 use super::wire::{Dialect, TransmissionFlags};
 use crate::range::ByteRange;
 use connection::{Connection, Opened};
+use pool::{Pool, Redial};
 
 pub use error::{ClientError, ClientErrorKind, Phase};
 pub use list::{ListedExport, list};
@@ -41,6 +46,11 @@ pub struct ClientOptions {
     pub requests_per_connection: usize,
     /// The most bytes asked for and not yet received on one connection.
     pub bytes_per_connection: usize,
+    /// How long to try to connect anew when the last connection is lost; zero takes each failure as final.
+    ///
+    /// Reads are then made again, if the server still offers the same size, flags and contexts. A client that has
+    /// written gives a lost connection up in any case.
+    pub retry_time: Duration,
 }
 
 impl Default for ClientOptions {
@@ -52,6 +62,7 @@ impl Default for ClientOptions {
             reply_timeout: Duration::from_secs(120),
             requests_per_connection: 16,
             bytes_per_connection: 16 << 20,
+            retry_time: Duration::ZERO,
         }
     }
 }
@@ -73,11 +84,29 @@ pub struct Export {
     pub contexts: Vec<String>,
     /// Whether the server speaks structured replies, without which there are no contexts.
     pub structured: bool,
+    /// Whether the server speaks extended headers, with which a request may ask for the extents of the whole disk.
+    pub extended: bool,
     /// The number of connections.
     pub connections: usize,
 }
 
 impl Export {
+    /// What one connection tells of the export that was asked for by this name.
+    fn of(asked: &str, opened: &Opened) -> Self {
+        let details = &opened.details;
+        Self {
+            name: details.name.clone().unwrap_or_else(|| asked.to_owned()),
+            size_bytes: details.size,
+            flags: details.flags,
+            block_size: details.block_size,
+            description: details.description.clone(),
+            contexts: opened.contexts.iter().map(|c| c.name.clone()).collect(),
+            structured: opened.dialect != Dialect::Simple,
+            extended: opened.dialect == Dialect::Extended,
+            connections: 1,
+        }
+    }
+
     /// Whether another connection sees this disk; what is only for people may differ.
     fn is_same_disk(&self, other: &Self) -> bool {
         self.size_bytes == other.size_bytes
@@ -85,6 +114,12 @@ impl Export {
             && self.block_size == other.block_size
             && self.contexts == other.contexts
             && self.structured == other.structured
+            && self.extended == other.extended
+    }
+
+    /// Whether one context's extents can be asked for without those of the others.
+    pub fn asks_one_context(&self) -> bool {
+        self.extended && self.flags.has(TransmissionFlags::BLOCK_STATUS_PAYLOAD)
     }
 
     /// Returns a granted context's place in the answers of [`Client::block_status`].
@@ -100,11 +135,20 @@ impl Export {
 pub struct Client {
     export: Export,
     peer: Arc<str>,
-    connections: Vec<Connection>,
+    pool: Pool,
+    /// The number of each granted context, in the order of [`Export::contexts`].
+    context_ids: Vec<u32>,
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     most_bytes: usize,
-    longest_read: u64,
+    /// The longest range of one read or write, in whole blocks.
+    longest: u64,
+    /// Whether a read that failed is made again.
+    retries: bool,
+    /// Held by the one read that is made again in pieces.
+    care: Mutex<()>,
+    /// Whether each read is to be answered in one chunk, since the server hung up at one.
+    careful: AtomicBool,
 }
 
 impl Client {
@@ -128,7 +172,13 @@ impl Client {
                 }
             }
         }
-        Self::assemble(&uri.export, peer, opened, options)
+        Self::assemble(
+            &uri.export,
+            peer,
+            opened,
+            options,
+            Some((uri, tls.cloned())),
+        )
     }
 
     /// Enters the transmission phase on a stream that is connected already.
@@ -141,7 +191,7 @@ impl Client {
         let stream = Stream::other(stream);
         let wait = options.connect_timeout;
         let first = Connection::open(stream, None, export, &peer, options, wait).await?;
-        Self::assemble(export, peer, vec![first], options)
+        Self::assemble(export, peer, vec![first], options, None)
     }
 
     /// Returns what is known of the export.
@@ -149,32 +199,9 @@ impl Client {
         &self.export
     }
 
-    /// Reads a range into `buf`, whose content is dropped and whose capacity is used.
-    ///
-    /// The bytes go from the socket straight into the buffer. A range that ends within a block is read with the rest of
-    /// the block.
-    pub async fn read(&self, range: ByteRange, mut buf: Vec<u8>) -> Result<ReadReply, ClientError> {
-        self.check(range)?;
-        buf.clear();
-        let min = u64::from(self.export.block_size.min());
-        let whole = range.round_out(min, self.export.size_bytes);
-        let length = self.length(whole)?;
-        if buf.capacity() < length {
-            buf.reserve_exact(length);
-        }
-        let mut holes = Vec::new();
-        let mut at = whole.start();
-        while at < whole.end() {
-            let end = whole.end().min(at + self.longest_read);
-            let piece = ByteRange::new(at, end).unwrap_or(whole);
-            let base = self.length(ByteRange::new(whole.start(), at).unwrap_or(whole))?;
-            let permits = self.permits(piece.len()).await;
-            let part = self.pick()?.read(piece, buf, base, permits).await?;
-            buf = part.0;
-            holes.extend(part.1);
-            at = end;
-        }
-        Ok(ReadReply::new(range, whole, length, buf, holes))
+    /// How often all connections were lost and made anew.
+    pub fn reconnects(&self) -> u32 {
+        self.pool.reconnects()
     }
 
     /// Asks for the extents of a range, one list for each granted context in the order of [`Export::contexts`].
@@ -182,29 +209,62 @@ impl Client {
     /// Each list starts at the range's start and ascends without a gap; it may end before the range does, each list at
     /// another place, but is never empty. Without a granted context there is nothing to ask for, which is an error.
     pub async fn block_status(&self, range: ByteRange) -> Result<Vec<ContextExtents>, ClientError> {
+        self.status(range, None).await
+    }
+
+    /// Asks for the extents of one context where the server can tell them alone, else of all.
+    pub async fn block_status_of(
+        &self,
+        context: usize,
+        range: ByteRange,
+    ) -> Result<Vec<ContextExtents>, ClientError> {
+        let id = self.context_ids.get(context).copied();
+        let only = id.filter(|_| self.export.asks_one_context());
+        self.status(range, only.map(|id| (context, id))).await
+    }
+
+    /// Waits for what is in flight, says goodbye and closes; an error if a connection had failed before.
+    pub async fn close(self) -> Result<(), ClientError> {
+        self.pool.close().await
+    }
+
+    async fn status(
+        &self,
+        range: ByteRange,
+        only: Option<(usize, u32)>,
+    ) -> Result<Vec<ContextExtents>, ClientError> {
         self.check(range)?;
         if self.export.contexts.is_empty() || range.is_empty() {
             return Err(self.misuse("block status needs a granted context and a range"));
         }
-        let min = u64::from(self.export.block_size.min());
-        let whole = range.round_out(min, self.export.size_bytes);
-        let end = whole
-            .end()
-            .min(whole.start().saturating_add(limits::MAX_STATUS_RANGE));
+        let most = match self.export.extended {
+            true => limits::MAX_STATUS_RANGE_EXTENDED,
+            false => limits::MAX_STATUS_RANGE,
+        };
+        let whole = self.whole_blocks(range);
+        let end = whole.end().min(whole.start().saturating_add(most));
         let asked = ByteRange::new(whole.start(), end).unwrap_or(whole);
-        let permits = self.permits(0).await;
-        let lists = self.pick()?.block_status(asked, permits).await?;
+        let mut losses = 0;
+        let lists = loop {
+            let permits = self.permits(0).await;
+            let fault = match self.pool.pick() {
+                Ok(connection) => match connection.block_status(asked, only, permits).await {
+                    Ok(lists) => break lists,
+                    Err(fault) => fault,
+                },
+                Err(fault) => fault,
+            };
+            losses += 1;
+            if losses == LOSSES_PER_STATUS || !self.pool.may_retry(&fault) {
+                return Err(fault);
+            }
+            self.pool.revive(fault).await?;
+        };
+        let first = only.map_or(0, |(at, _)| at);
         let clipped = lists.into_iter().enumerate();
         Ok(clipped
-            .map(|(context, extents)| ContextExtents::new(context, extents, range))
+            .map(|(at, extents)| ContextExtents::new(first + at, extents, range))
             .collect())
-    }
-
-    /// Waits for what is in flight, says goodbye and closes; an error if a connection had failed before.
-    pub async fn close(mut self) -> Result<(), ClientError> {
-        let connections = std::mem::take(&mut self.connections);
-        let ends = futures::future::join_all(connections.into_iter().map(Connection::close)).await;
-        ends.into_iter().collect()
     }
 
     fn assemble(
@@ -212,30 +272,24 @@ impl Client {
         peer: Arc<str>,
         opened: Vec<Opened>,
         options: &ClientOptions,
+        server: Option<(&NbdUri, Option<TlsClient>)>,
     ) -> Result<Self, ClientError> {
         let mut connections = Vec::new();
-        let mut export: Option<Export> = None;
+        let mut known: Option<(Export, Vec<u32>)> = None;
         for one in opened {
-            let found = Export {
-                name: one.details.name.unwrap_or_else(|| asked.to_owned()),
-                size_bytes: one.details.size,
-                flags: one.details.flags,
-                block_size: one.details.block_size,
-                description: one.details.description,
-                contexts: one.contexts,
-                structured: one.dialect != Dialect::Simple,
-                connections: 0,
-            };
-            match &export {
-                Some(first) if !first.is_same_disk(&found) => {
+            let found = Export::of(asked, &one);
+            let ids: Vec<u32> = one.contexts.iter().map(|context| context.id).collect();
+            match &known {
+                // A context has the same number on each connection, or requests could not be spread over them.
+                Some((first, numbers)) if !first.is_same_disk(&found) || *numbers != ids => {
                     return Err(ClientErrorKind::Changed.at(&peer, Phase::Handshake));
                 }
                 Some(_) => {}
-                None => export = Some(found),
+                None => known = Some((found, ids)),
             }
             connections.push(one.connection);
         }
-        let Some(mut export) = export else {
+        let Some((mut export, context_ids)) = known else {
             return Err(ClientErrorKind::Closed.at(&peer, Phase::Handshake));
         };
         export.connections = connections.len();
@@ -249,14 +303,27 @@ impl Client {
             .clamp(1, Semaphore::MAX_PERMITS);
         let longest = export.block_size.max().min(limits::DEFAULT_MAX_BLOCK);
         let min = export.block_size.min();
+        let redial = server.filter(|_| !options.retry_time.is_zero());
+        let redial = redial.map(|(uri, tls)| Redial {
+            uri: uri.clone(),
+            tls,
+            options: options.clone(),
+            export: export.clone(),
+            context_ids: context_ids.clone(),
+            gave_up: Mutex::new(None),
+        });
         Ok(Self {
-            longest_read: u64::from(longest - longest % min),
+            longest: u64::from(longest - longest % min),
             export,
+            context_ids,
+            pool: Pool::new(Arc::clone(&peer), connections, redial),
             peer,
-            connections,
             requests: Arc::new(Semaphore::new(requests)),
             bytes: Arc::new(Semaphore::new(most_bytes)),
             most_bytes,
+            retries: !options.retry_time.is_zero(),
+            care: Mutex::new(()),
+            careful: AtomicBool::new(false),
         })
     }
 
@@ -274,16 +341,10 @@ impl Client {
         }
     }
 
-    /// Picks the live connection with the fewest requests.
-    fn pick(&self) -> Result<&Connection, ClientError> {
-        let live = self.connections.iter().filter(|c| c.is_alive());
-        match live.min_by_key(|c| c.load()) {
-            Some(connection) => Ok(connection),
-            None => Err(match self.connections.first() {
-                Some(dead) => dead.fault(),
-                None => ClientErrorKind::Closed.at(&self.peer, Phase::Transmission),
-            }),
-        }
+    /// Widens a range to whole blocks.
+    fn whole_blocks(&self, range: ByteRange) -> ByteRange {
+        let min = u64::from(self.export.block_size.min());
+        range.round_out(min, self.export.size_bytes)
     }
 
     fn check(&self, range: ByteRange) -> Result<(), ClientError> {
@@ -329,3 +390,5 @@ async fn load_tls(uri: &NbdUri, peer: &Arc<str>) -> Result<Option<TlsClient>, Cl
 }
 
 const MORE_CONNECTIONS_TIMEOUT: Duration = Duration::from_secs(3);
+/// A request for extents during which the connection is lost this often fails.
+const LOSSES_PER_STATUS: u32 = 3;

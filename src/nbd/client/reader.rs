@@ -13,8 +13,9 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until};
 
 use super::super::session::Extent;
-use super::super::session::client::{Event, Finished, Outcome, Replies};
+use super::super::session::client::{Event, Finished, Outcome, Replies, RequestFailed};
 use super::super::transport::ReadHalf;
+use super::super::wire::ErrorCode;
 use super::connection::Shared;
 use super::{ClientError, ClientErrorKind, Permits, Phase};
 use crate::range::ByteRange;
@@ -37,6 +38,10 @@ pub(super) enum Answer {
     Status {
         send: oneshot::Sender<Result<Vec<Vec<Extent>>, ClientError>>,
     },
+    /// That it is done.
+    Effect {
+        send: oneshot::Sender<Result<(), ClientError>>,
+    },
 }
 
 /// A buffer with the bytes of a read, and the holes among them, which may lack at its end.
@@ -56,6 +61,7 @@ impl Owner {
         match self.answer {
             Answer::Read { send, .. } => drop(send.send(Err(fault))),
             Answer::Status { send } => drop(send.send(Err(fault))),
+            Answer::Effect { send } => drop(send.send(Err(fault))),
         }
     }
 
@@ -65,10 +71,11 @@ impl Owner {
                 drop(send.send(Ok((buf, holes))));
             }
             (Answer::Status { send }, Outcome::Status(lists)) => drop(send.send(Ok(lists))),
+            (Answer::Effect { send }, Outcome::Done) => drop(send.send(Ok(()))),
             (answer, outcome) => {
                 let kind = match outcome {
                     Outcome::Failed(failed) => ClientErrorKind::Request(failed),
-                    Outcome::Read(_) | Outcome::Status(_) => {
+                    Outcome::Read(_) | Outcome::Status(_) | Outcome::Done => {
                         ClientErrorKind::Misuse("the reply is another request's")
                     }
                 };
@@ -170,6 +177,14 @@ async fn receive(
             drop(state);
             if leaving {
                 shared.wake.notify_one();
+            }
+            if let Outcome::Failed(RequestFailed {
+                code: ErrorCode::ESHUTDOWN,
+                ..
+            }) = outcome
+            {
+                // The server still answers what is in flight, and nothing that comes later.
+                shared.say_goodbye();
             }
             owner.finish(outcome, &shared.peer);
         }

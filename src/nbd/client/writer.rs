@@ -1,17 +1,60 @@
-//! The task that sends a connection's requests, many headers in one write.
+//! The task that sends a connection's requests, many in one write.
 
+use std::io::{self, IoSlice};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tokio::io::AsyncWriteExt;
 
-use super::super::transport::WriteHalf;
+use super::super::transport::{WriteHalf, write_slices};
 use super::super::wire::{Command, CommandFlags, Request};
 use super::ClientErrorKind;
 use super::connection::Shared;
 
+/// Requests that wait to be sent: their headers behind each other, and the payloads that stand between.
+#[derive(Default)]
+pub(super) struct Batch {
+    pub(super) heads: Vec<u8>,
+    /// Each payload with the place in `heads` before which it has to be sent.
+    payloads: Vec<(usize, Bytes)>,
+}
+
+impl Batch {
+    /// Adds a payload behind the last header.
+    pub(super) fn push_payload(&mut self, bytes: Bytes) {
+        self.payloads.push((self.heads.len(), bytes));
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.heads.clear();
+        self.payloads.clear();
+    }
+
+    fn is_empty(&self) -> bool {
+        self.heads.is_empty()
+    }
+
+    async fn send(&self, write: &mut WriteHalf) -> io::Result<()> {
+        if self.payloads.is_empty() {
+            write.write_all(&self.heads).await?;
+        } else {
+            let mut slices = Vec::with_capacity(2 * self.payloads.len() + 1);
+            let mut sent = 0;
+            for (at, bytes) in &self.payloads {
+                slices.push(IoSlice::new(&self.heads[sent..*at]));
+                slices.push(IoSlice::new(bytes));
+                sent = *at;
+            }
+            slices.push(IoSlice::new(&self.heads[sent..]));
+            write_slices(write, &mut slices).await?;
+        }
+        write.flush().await
+    }
+}
+
 /// Sends until the connection fails, or until the goodbye is sent.
 pub(super) async fn run(mut write: WriteHalf, shared: Arc<Shared>) {
-    let mut batch = Vec::new();
+    let mut batch = Batch::default();
     loop {
         let goodbye = {
             let mut state = shared.lock();
@@ -27,7 +70,7 @@ pub(super) async fn run(mut write: WriteHalf, shared: Arc<Shared>) {
             shared.wake.notified().await;
             continue;
         } else {
-            send(&mut write, &batch).await
+            batch.send(&mut write).await
         };
         match sent {
             Ok(()) if goodbye => return,
@@ -37,13 +80,8 @@ pub(super) async fn run(mut write: WriteHalf, shared: Arc<Shared>) {
     }
 }
 
-async fn send(write: &mut WriteHalf, bytes: &[u8]) -> std::io::Result<()> {
-    write.write_all(bytes).await?;
-    write.flush().await
-}
-
-async fn send_goodbye(write: &mut WriteHalf, shared: &Shared) -> std::io::Result<()> {
-    let mut bytes = Vec::new();
+async fn send_goodbye(write: &mut WriteHalf, shared: &Shared) -> io::Result<()> {
+    let mut batch = Batch::default();
     let request = Request {
         flags: CommandFlags::NONE,
         command: Command::DISC,
@@ -52,10 +90,10 @@ async fn send_goodbye(write: &mut WriteHalf, shared: &Shared) -> std::io::Result
         length: 0,
     };
     request
-        .encode(shared.dialect, &mut bytes)
-        .map_err(std::io::Error::other)?;
+        .encode(shared.dialect, &mut batch.heads)
+        .map_err(io::Error::other)?;
     // A server that hung up first has nothing to be told.
-    let _ = send(write, &bytes).await;
+    let _ = batch.send(write).await;
     let _ = write.shutdown().await;
     Ok(())
 }

@@ -1,16 +1,19 @@
 //! One client: its handshake, then its requests until it leaves.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use bytes::BufMut;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::super::session::limits;
 use super::super::session::server::{Agreed, Handshake, Judged, Rules, Step, Tls, Verdict};
 use super::super::transport::{ReadHalf, Stream, WriteHalf};
+use super::super::wire::ErrorCode;
 use super::reply::{self, Answered, Reply};
-use super::requests::{Pool, Requests};
+use super::requests::{Brought, Pool, Requests};
 use super::{ServeError, Shared};
 
 /// Serves a client until it leaves or `stopping` becomes true.
@@ -106,21 +109,21 @@ async fn transmit(
         dialect: agreed.dialect,
         size: offer.size,
         block_size: offer.block_size,
-        contexts: agreed.contexts.len(),
+        flags: offer.flags(agreed.dialect),
+        contexts: agreed.contexts.clone(),
     };
     let (replies, queue) = mpsc::channel(shared.options.requests_per_connection.max(1));
     let pool = Pool::default();
     let writer = tokio::spawn(write_replies(write, queue, pool.clone()));
-    let mut requests = Requests::new(
-        Arc::clone(source),
-        &agreed.contexts,
-        &shared.options,
-        replies,
-        pool,
-    );
+    let mut requests = Requests::new(Arc::clone(source), &shared.options, replies, pool);
     let taken = tokio::select! {
-        taken = take_requests(read, &rules, &mut requests) => taken,
-        _ = stopping.wait_for(|stop| *stop) => Ok(()),
+        taken = take_requests(read, &rules, &mut requests, stopping.clone()) => taken,
+        // A client within a message gets a moment to end it, so that it can be told.
+        () = async {
+            // The server that is gone does not wait either.
+            let _ = stopping.wait_for(|stop| *stop).await;
+            sleep(STOP_GRACE).await;
+        } => Ok(()),
     };
     if taken.is_ok() {
         requests.finish().await;
@@ -134,11 +137,12 @@ async fn transmit(
     taken.and(sent)
 }
 
-/// Takes requests until the client says goodbye or hangs up.
+/// Takes requests until the client says goodbye or hangs up, or until none is on its way while the server stops.
 async fn take_requests(
     read: ReadHalf,
     rules: &Rules,
     requests: &mut Requests,
+    mut stopping: watch::Receiver<bool>,
 ) -> Result<(), ServeError> {
     let receiving = ServeError::io("receiving requests");
     let mut read = BufReader::with_capacity(REQUEST_BUFFER, read);
@@ -150,35 +154,80 @@ async fn take_requests(
             return Ok(());
         };
         tokio::select! {
+            biased;
             // A bare hang-up between two requests is as good as a goodbye.
             buffered = read.fill_buf() => if buffered.map_err(&receiving)?.is_empty() {
                 return Ok(());
             },
             () = requests.closed() => return Ok(()),
+            _ = stopping.wait_for(|stop| *stop) => return Ok(()),
         }
         read.read_exact(&mut header).await.map_err(&receiving)?;
         let Judged {
             cookie,
             offset,
             mut payload,
-            verdict,
+            mut verdict,
         } = rules.judge(&header)?;
-        while payload > 0 {
-            let step = payload.min(limits::DRAIN_STEP as u64);
-            waste.resize(step as usize, 0);
-            read.read_exact(&mut waste).await.map_err(&receiving)?;
-            payload -= step;
-        }
         let to = Answered {
             dialect: rules.dialect,
             cookie,
             offset,
         };
-        if verdict == Verdict::Disconnect {
-            return Ok(());
+        if *stopping.borrow() && verdict != Verdict::Disconnect {
+            verdict = Verdict::Refuse(ErrorCode::ESHUTDOWN, "the server is about to end");
         }
-        requests.start(to, verdict, place);
+        let mut brought = Brought {
+            data: Vec::new(),
+            permits: vec![place],
+        };
+        match verdict {
+            Verdict::Disconnect => return Ok(()),
+            Verdict::Write { .. } => {
+                let (mut data, room) = requests.room(payload).await;
+                read_payload(&mut read, &mut data, payload)
+                    .await
+                    .map_err(&receiving)?;
+                brought.data = data;
+                brought.permits.extend(room);
+            }
+            Verdict::StatusOf { offset, one } => {
+                waste.clear();
+                read_payload(&mut read, &mut waste, payload)
+                    .await
+                    .map_err(&receiving)?;
+                verdict = rules.judge_filter(offset, one, &waste);
+            }
+            _ => {
+                while payload > 0 {
+                    let step = payload.min(limits::DRAIN_STEP as u64);
+                    waste.resize(step as usize, 0);
+                    read.read_exact(&mut waste).await.map_err(&receiving)?;
+                    payload -= step;
+                }
+            }
+        }
+        requests.start(to, verdict, brought);
     }
+}
+
+/// Reads a payload, whose length the rules bound, into an empty buffer, which grows as the bytes come.
+async fn read_payload(
+    read: &mut BufReader<ReadHalf>,
+    buf: &mut Vec<u8>,
+    length: u64,
+) -> std::io::Result<()> {
+    let length = length as usize;
+    // Room for the whole is made at once only for what a client with honest intentions sends.
+    buf.reserve_exact(length.min(PAYLOAD_AT_ONCE));
+    while buf.len() < length {
+        let left = length - buf.len();
+        let mut rest = (&mut *buf).limit(left);
+        if read.read_buf(&mut rest).await? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
 }
 
 /// Sends replies as they are queued, many in one go.
@@ -199,6 +248,9 @@ async fn write_replies(
     Ok(())
 }
 
-/// Holds many headers; requests of read-only exports have nothing else.
+/// Holds many headers; the payloads of writes go past it.
 const REQUEST_BUFFER: usize = 4 << 10;
 const REPLIES_AT_ONCE: usize = 16;
+const PAYLOAD_AT_ONCE: usize = 1 << 20;
+/// How long a client within a message may take to end it once the server stops.
+const STOP_GRACE: Duration = Duration::from_millis(500);

@@ -6,11 +6,12 @@ use std::sync::{Mutex, MutexGuard};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use super::super::session::Extent;
+use super::super::session::{Extent, Zeroing};
+use super::super::wire::TransmissionFlags;
 use super::{ExportSource, NbdError, SourceRead};
 use crate::range::ByteRange;
 
-/// A disk whose owner may write, discard and resize it between the times that it is offered.
+/// A disk that its owner and clients may write and discard; to be resized only while it is not offered.
 ///
 /// It has `base:allocation`, and a `qemu:dirty-bitmap:` for each bitmap, which behave as QEMU's: a discard is dirty, and
 /// what a disk grows by is clean.
@@ -103,6 +104,20 @@ impl MemoryDisk {
         self.state().bitmaps.remove(name);
     }
 
+    /// Does a client's change, unless the owner has cut the disk meanwhile.
+    fn with_room<'a, T: Send + 'a>(
+        &'a self,
+        range: Option<ByteRange>,
+        change: impl FnOnce(&Self, ByteRange) -> T,
+    ) -> BoxFuture<'a, Result<T, NbdError>> {
+        let size = self.state().bytes.len() as u64;
+        let done = match range.filter(|range| range.end() <= size) {
+            Some(range) => Ok(change(self, range)),
+            None => Err(NbdError::io("the disk has shrunk")),
+        };
+        std::future::ready(done).boxed()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state
             .lock()
@@ -172,6 +187,16 @@ impl ExportSource for MemoryDisk {
             .collect()
     }
 
+    fn abilities(&self) -> TransmissionFlags {
+        TransmissionFlags::SEND_FLUSH
+            | TransmissionFlags::SEND_FUA
+            | TransmissionFlags::SEND_TRIM
+            | TransmissionFlags::SEND_WRITE_ZEROES
+            | TransmissionFlags::SEND_FAST_ZERO
+            | TransmissionFlags::SEND_CACHE
+            | TransmissionFlags::CAN_MULTI_CONN
+    }
+
     fn read(&self, range: ByteRange, buf: Vec<u8>) -> BoxFuture<'_, Result<SourceRead, NbdError>> {
         let mut read = SourceRead::new(buf);
         let state = self.state();
@@ -199,6 +224,32 @@ impl ExportSource for MemoryDisk {
             },
         };
         std::future::ready(Ok(extents)).boxed()
+    }
+
+    fn write(
+        &self,
+        offset: u64,
+        data: Vec<u8>,
+        _durable: bool,
+    ) -> BoxFuture<'_, Result<Vec<u8>, NbdError>> {
+        self.with_room(ByteRange::at(offset, data.len() as u64), |disk, range| {
+            disk.write(range.start(), &data);
+            data
+        })
+    }
+
+    fn zero(&self, range: ByteRange, how: Zeroing) -> BoxFuture<'_, Result<(), NbdError>> {
+        self.with_room(Some(range), |disk, range| {
+            disk.discard(range);
+            if how.keep_allocated {
+                let (start, end) = (range.start() as usize, range.end() as usize);
+                disk.state().touch(start..end, Some(true));
+            }
+        })
+    }
+
+    fn trim(&self, range: ByteRange, _durable: bool) -> BoxFuture<'_, Result<(), NbdError>> {
+        self.with_room(Some(range), Self::discard)
     }
 }
 

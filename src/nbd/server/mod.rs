@@ -35,7 +35,7 @@ pub struct ServerOptions {
     pub handshake_timeout: Duration,
     /// The most requests of one client that are worked on at a time; further ones wait in its socket.
     pub requests_per_connection: usize,
-    /// The most bytes of one client's reads that are held at a time.
+    /// The most bytes of one client's reads, and of its writes, that are held at a time.
     pub bytes_per_connection: usize,
     /// How long clients may take to receive what is in flight once the server is to end.
     pub shutdown_timeout: Duration,
@@ -54,7 +54,7 @@ impl Default for ServerOptions {
     }
 }
 
-/// A server of read-only exports.
+/// A server of exports.
 #[derive(Clone)]
 pub struct Server {
     shared: Arc<Shared>,
@@ -79,6 +79,7 @@ impl Server {
             size: source.size_bytes(),
             block_size: source.block_size(),
             contexts: source.contexts(),
+            abilities: source.abilities(),
         });
         let catalog = Catalog::new(offers.collect())?;
         let sources = exports.into_iter().map(|(_, source)| source).collect();

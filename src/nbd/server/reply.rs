@@ -7,6 +7,7 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::super::session::{Extent, limits};
+use super::super::transport::write_slices;
 use super::super::wire::{
     ChunkFlags, ChunkHeader, ChunkType, Dialect, EncodeError, ErrorChunk, ErrorCode, HoleChunk,
     SimpleReply, StatusChunk, WireExtent,
@@ -269,19 +270,7 @@ pub(super) async fn send(
     for reply in replies {
         reply.slices(&mut slices);
     }
-    let mut rest = slices.as_mut_slice();
-    // Drops empty pieces at the front.
-    IoSlice::advance_slices(&mut rest, 0);
-    while !rest.is_empty() {
-        let most = rest.len().min(SLICES_AT_ONCE);
-        let count = write
-            .write_vectored(rest.get(..most).unwrap_or(&[]))
-            .await?;
-        if count == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-        IoSlice::advance_slices(&mut rest, count);
-    }
+    write_slices(write, &mut slices).await?;
     write.flush().await
 }
 
@@ -305,4 +294,3 @@ fn take<'a>(bytes: &mut &'a [u8], length: usize) -> &'a [u8] {
 }
 
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-const SLICES_AT_ONCE: usize = 64;

@@ -18,13 +18,22 @@ use crate::range::ByteRange;
 pub(super) struct Requests {
     work: Arc<Work>,
     places: Arc<Semaphore>,
+    /// The bytes of writes that may be held; their own, so that a write never waits for a reply to be taken.
+    writes: Arc<Semaphore>,
     running: JoinSet<()>,
+}
+
+/// What a request brings along.
+pub(super) struct Brought {
+    /// The payload of a write.
+    pub(super) data: Vec<u8>,
+    /// What is held until the reply is sent.
+    pub(super) permits: Vec<OwnedSemaphorePermit>,
 }
 
 /// What each request needs.
 struct Work {
     source: Arc<dyn ExportSource>,
-    contexts: Vec<usize>,
     bytes: Arc<Semaphore>,
     most_bytes: u32,
     replies: mpsc::Sender<Reply>,
@@ -34,7 +43,6 @@ struct Work {
 impl Requests {
     pub(super) fn new(
         source: Arc<dyn ExportSource>,
-        contexts: &[usize],
         options: &ServerOptions,
         replies: mpsc::Sender<Reply>,
         pool: Pool,
@@ -44,12 +52,12 @@ impl Requests {
         Self {
             work: Arc::new(Work {
                 source,
-                contexts: contexts.to_vec(),
                 bytes: Arc::new(Semaphore::new(most_bytes as usize)),
                 most_bytes,
                 replies,
                 pool,
             }),
+            writes: Arc::new(Semaphore::new(most_bytes as usize)),
             places: Arc::new(Semaphore::new(options.requests_per_connection.max(1))),
             running: JoinSet::new(),
         }
@@ -63,17 +71,25 @@ impl Requests {
         }
     }
 
+    /// Waits for room for the payload of a write, and returns a buffer for it; the room is held with the place.
+    pub(super) async fn room(&self, length: u64) -> (Vec<u8>, Option<OwnedSemaphorePermit>) {
+        let most = self.work.most_bytes;
+        let wanted = u32::try_from(length).map_or(most, |length| length.min(most));
+        let held = Arc::clone(&self.writes).acquire_many_owned(wanted).await;
+        (self.work.pool.take(), held.ok())
+    }
+
     /// Waits until no reply can be sent any more.
     pub(super) async fn closed(&self) {
         self.work.replies.closed().await;
     }
 
     /// Starts on a request.
-    pub(super) fn start(&mut self, to: Answered, verdict: Verdict, place: OwnedSemaphorePermit) {
+    pub(super) fn start(&mut self, to: Answered, verdict: Verdict, brought: Brought) {
         while self.running.try_join_next().is_some() {}
         let work = Arc::clone(&self.work);
         self.running.spawn(async move {
-            let done = AssertUnwindSafe(work.answer(to, verdict, place)).catch_unwind();
+            let done = AssertUnwindSafe(work.answer(to, verdict, brought)).catch_unwind();
             if done.await.is_err() {
                 // The client must not wait for ever because the source is at fault.
                 let text = "the server failed at this request";
@@ -89,17 +105,38 @@ impl Requests {
 }
 
 impl Work {
-    async fn answer(&self, to: Answered, verdict: Verdict, place: OwnedSemaphorePermit) {
+    async fn answer(&self, to: Answered, verdict: Verdict, brought: Brought) {
+        let Brought { data, permits } = brought;
         let reply = match verdict {
             Verdict::Read { range, in_one } if !range.is_empty() => {
-                return self.read(to, range, in_one, place).await;
+                return self.read(to, range, in_one, permits).await;
             }
             Verdict::Read { .. } => Reply::empty_read(to),
-            Verdict::Status { range, one } => self.status(to, range, one).await,
+            Verdict::Status {
+                range,
+                one,
+                contexts,
+            } => self.status(to, range, one, &contexts).await,
+            Verdict::Write { range, .. }
+            | Verdict::Zero { range, .. }
+            | Verdict::Trim { range, .. }
+                if range.is_empty() =>
+            {
+                Reply::success(to)
+            }
+            Verdict::Write { range, durable } => {
+                let written = self.source.write(range.start(), data, durable).await;
+                done(to, written.map(|buffer| self.pool.give(buffer)))
+            }
+            Verdict::Zero { range, how } => done(to, self.source.zero(range, how).await),
+            Verdict::Trim { range, durable } => done(to, self.source.trim(range, durable).await),
+            Verdict::Flush => done(to, self.source.flush().await),
             Verdict::Nothing | Verdict::Disconnect => Reply::success(to),
+            // The connection has judged the filter before.
+            Verdict::StatusOf { .. } => Reply::error(to, ErrorCode::EINVAL, "no filter"),
             Verdict::Refuse(code, text) => Reply::error(to, code, text),
         };
-        self.send(to, reply.map(|reply| reply.holding(vec![place])))
+        self.send(to, reply.map(|reply| reply.holding(permits)))
             .await;
     }
 
@@ -109,13 +146,12 @@ impl Work {
         to: Answered,
         range: ByteRange,
         in_one: bool,
-        place: OwnedSemaphorePermit,
+        mut brought: Vec<OwnedSemaphorePermit>,
     ) {
         let step = match (to.dialect, in_one) {
             (Dialect::Simple, _) | (_, true) => u64::MAX,
             (Dialect::Structured | Dialect::Extended, false) => PIECE,
         };
-        let mut place = Some(place);
         for piece in range.split(step) {
             let done = piece.end() == range.end();
             let wanted =
@@ -123,7 +159,7 @@ impl Work {
             let held = Arc::clone(&self.bytes).acquire_many_owned(wanted).await;
             let mut permits: Vec<_> = held.into_iter().collect();
             if done {
-                permits.extend(place.take());
+                permits.append(&mut brought);
             }
             let reply = match self.read_piece(piece).await {
                 Ok(found) => Reply::read(to, piece, found, in_one, done),
@@ -150,10 +186,11 @@ impl Work {
         to: Answered,
         range: ByteRange,
         one: bool,
+        contexts: &[usize],
     ) -> Result<Reply, EncodeError> {
         let most = if one { 1 } else { limits::MAX_EXTENTS_SENT };
         let mut lists = Vec::new();
-        for &context in &self.contexts {
+        for &context in contexts {
             let extents = match self.source.extents(context, range, most).await {
                 Ok(extents) => checked(extents, range, most),
                 Err(fault) => Err(fault),
@@ -179,6 +216,14 @@ impl Work {
         };
         // A writer that has ended has told why.
         let _ = self.replies.send(reply).await;
+    }
+}
+
+/// Reports how a change went.
+fn done(to: Answered, result: Result<(), NbdError>) -> Result<Reply, EncodeError> {
+    match result {
+        Ok(()) => Reply::success(to),
+        Err(fault) => Reply::error(to, fault.code, &fault.text),
     }
 }
 

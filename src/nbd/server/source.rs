@@ -3,8 +3,9 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use super::super::session::{BlockSize, Extent};
-use super::super::wire::ErrorCode;
+use super::super::session::server::Offer;
+use super::super::session::{BlockSize, Extent, Zeroing};
+use super::super::wire::{ErrorCode, TransmissionFlags};
 use crate::range::ByteRange;
 
 /// A disk that a server can offer; requests come from many tasks at once.
@@ -30,6 +31,14 @@ pub trait ExportSource: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// What clients may do besides reading; by default nothing, of a disk that does not change.
+    ///
+    /// A disk that can be written leaves `READ_ONLY` out. `CAN_MULTI_CONN` promises that a flush covers what any
+    /// connection was told to be done, and `FAST_ZERO` that zeros are quick, or refused as such.
+    fn abilities(&self) -> TransmissionFlags {
+        Offer::READ_ONLY
+    }
+
     /// Reads a range, which is not empty and lies on the disk.
     ///
     /// `buf` is an empty buffer, perhaps with room, for the bytes; it may be left unused.
@@ -45,6 +54,43 @@ pub trait ExportSource: Send + Sync + 'static {
         range: ByteRange,
         most: usize,
     ) -> BoxFuture<'_, Result<Vec<Extent>, NbdError>>;
+
+    /// Writes bytes, at least one, which lie on the disk; the buffer is given back for another use.
+    ///
+    /// With `durable` they are on stable storage when this is done.
+    fn write(
+        &self,
+        offset: u64,
+        data: Vec<u8>,
+        durable: bool,
+    ) -> BoxFuture<'_, Result<Vec<u8>, NbdError>> {
+        let _ = (offset, data, durable);
+        refused()
+    }
+
+    /// Makes a range zero, which is not empty.
+    fn zero(&self, range: ByteRange, how: Zeroing) -> BoxFuture<'_, Result<(), NbdError>> {
+        let _ = (range, how);
+        refused()
+    }
+
+    /// Gives a range up, which is not empty; it may read as anything that no other disk has to hide.
+    fn trim(&self, range: ByteRange, durable: bool) -> BoxFuture<'_, Result<(), NbdError>> {
+        let _ = (range, durable);
+        refused()
+    }
+
+    /// Puts all on stable storage whose writes, zeros and trims are done; by default there is nothing to put.
+    fn flush(&self) -> BoxFuture<'_, Result<(), NbdError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+fn refused<T: Send + 'static>() -> BoxFuture<'static, Result<T, NbdError>> {
+    Box::pin(std::future::ready(Err(NbdError {
+        code: ErrorCode::EPERM,
+        text: "the export is read-only".to_owned(),
+    })))
 }
 
 /// Why a source could not do a request; the client is told.

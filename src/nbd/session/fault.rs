@@ -116,6 +116,9 @@ pub enum PeerMisbehaved {
     /// Status of an unknown context.
     #[error("block status names metadata context id {id}, which was not granted")]
     UnknownContext { id: u32 },
+    /// Status of a context that the request left out.
+    #[error("block status names metadata context id {id}, which this request did not ask")]
+    StatusNotAsked { id: u32 },
     /// Two statuses of one context.
     #[error("block status of metadata context id {id} came twice in one reply")]
     StatusTwice { id: u32 },
@@ -143,6 +146,9 @@ pub enum PeerMisbehaved {
     /// An option that only fixed newstyle has.
     #[error("client sent option {option} without fixed newstyle")]
     OptionWithoutFixed { option: OptionCode },
+    /// The old way to an export, which extended headers leave behind.
+    #[error("client sent option EXPORT_NAME after EXTENDED_HEADERS")]
+    ExportNameExtended,
     /// An option too long to read past.
     #[error("client sent option {option} with {length} bytes, at most {most} are read")]
     OptionTooLong {

@@ -27,6 +27,15 @@ pub const MAX_STATUS_PAYLOAD: u64 = (16 << 20) + 8;
 /// As client: the longest range of one block status request; some servers fail near 2^32.
 pub const MAX_STATUS_RANGE: u64 = 2 << 30;
 
+/// As client: the longest range of one block status request with an extended header: any disk.
+pub const MAX_STATUS_RANGE_EXTENDED: u64 = MAX_EXPORT_SIZE;
+
+/// As client: the longest range that one request zeroes or gives up, so that no server is silent over it for long.
+pub const MAX_ZERO_RANGE: u64 = 1 << 30;
+
+/// As client: the same where the request may only be fast.
+pub const MAX_FAST_ZERO_RANGE: u64 = 2 << 30;
+
 /// As client: the longest payload of an error chunk, 14 bytes of fields around a text.
 pub const MAX_ERROR_PAYLOAD: u64 = 14 + MAX_STRING as u64;
 

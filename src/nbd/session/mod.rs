@@ -18,9 +18,12 @@ mod block_size;
 pub mod client;
 mod extent;
 mod fault;
+pub mod fuzz;
 pub mod limits;
 pub mod server;
+mod zeroing;
 
 pub use block_size::BlockSize;
 pub use extent::{Extent, extents_of_reply};
 pub use fault::{PeerIncompatible, PeerMisbehaved, Refused, SessionError};
+pub use zeroing::Zeroing;

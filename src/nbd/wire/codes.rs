@@ -36,6 +36,9 @@ macro_rules! flags {
         impl $name {
             /// No flag.
             pub const NONE: Self = Self(0);
+            /// The flags that have a name, with it.
+            pub const KNOWN: &'static [(Self, &'static str)] =
+                &[$((Self(1 << $bit), stringify!($flag))),*];
             $($(#[$doc])* pub const $flag: Self = Self(1 << $bit);)*
 
             /// Whether each flag of `other` is set.

@@ -17,6 +17,7 @@ mod bytes;
 mod chunk;
 mod codes;
 mod error;
+pub mod fuzz;
 mod greeting;
 mod info;
 mod meta;
@@ -35,7 +36,7 @@ pub use info::{BlockSizeInfo, ExportInfo, Info, InfoRequest};
 pub use meta::{MetaContext, MetaRequest};
 pub use option::{ListedExport, OptionHeader, OptionReplyHeader, encode_option, encode_reply};
 pub use reply::{ChunkHeader, ReplyHeader, SimpleReply};
-pub use request::Request;
+pub use request::{Request, StatusFilter};
 
 /// Which headers both sides use in the transmission phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

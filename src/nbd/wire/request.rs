@@ -87,6 +87,46 @@ impl Request {
     }
 }
 
+/// The payload of `BLOCK_STATUS`, which only an extended request can carry: it asks some of the chosen contexts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatusFilter {
+    /// The length of the range, since the request's own length is that of the payload.
+    pub length: u64,
+    /// The numbers of the contexts.
+    pub contexts: Vec<u32>,
+}
+
+impl StatusFilter {
+    /// The length of a payload that names this many contexts.
+    pub const fn len(contexts: usize) -> usize {
+        contexts.saturating_mul(4).saturating_add(8)
+    }
+
+    /// Decodes the payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        let mut fields = Fields::new("block status filter", payload);
+        let length = fields.u64()?;
+        let rest = fields.rest();
+        let (ids, odd) = rest.as_chunks::<4>();
+        if !odd.is_empty() {
+            return Err(DecodeError::Trailing {
+                what: "block status filter",
+                extra: odd.len(),
+            });
+        }
+        let contexts = ids.iter().map(|id| u32::from_be_bytes(*id)).collect();
+        Ok(Self { length, contexts })
+    }
+
+    /// Appends the payload.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.length.to_be_bytes());
+        for id in &self.contexts {
+            out.extend_from_slice(&id.to_be_bytes());
+        }
+    }
+}
+
 const COMPACT_MAGIC: u32 = 0x2560_9513;
 const EXTENDED_MAGIC: u32 = 0x21e4_1c71;
 
@@ -123,6 +163,21 @@ mod tests {
         );
         assert_eq!(Request::decode(Dialect::Extended, &out), Ok(READ));
         assert!(Request::decode(Dialect::Structured, &out[..28]).is_err());
+    }
+
+    #[test]
+    fn filter_is_the_spec_s_bytes() {
+        let bytes = b"\0\0\x01\0\0\0\0\0\0\0\0\x07\0\0\0\x01";
+        let filter = StatusFilter::decode(bytes).unwrap();
+        assert_eq!(filter.length, 1 << 40);
+        assert_eq!(filter.contexts, [7, 1]);
+        let mut out = Vec::new();
+        filter.encode(&mut out);
+        assert_eq!(out, bytes);
+        assert_eq!(StatusFilter::len(2), bytes.len());
+        for cut in [0, 7, 9, 11, 15] {
+            assert!(StatusFilter::decode(&bytes[..cut]).is_err(), "{cut}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ pub(crate) type PackName = (PackKind, PackId);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Beat {
     /// The session stored nothing before it had looked at all generations below this; `None` while it has not looked.
+    /// The highest number stands for a reader, which stores nothing at all.
     pub(crate) seen: Option<u64>,
     /// The snapshots that it inherits from.
     pub(crate) parents: Vec<SnapshotId>,

@@ -62,13 +62,16 @@ impl Walk<'_> {
     }
 }
 
+/// A place and the pack that it is in.
+pub(super) type Copied = (PackName, Place);
+
 /// Goes through identifiers and index together, and calls `each` with the places of each identifier that are in
 /// packs that `usable` accepts. Returns how many have none, with one of them.
 pub(super) fn join(
     repo: &Repository,
     needed: &mut SortedIds,
     usable: &dyn Fn(&PackName, &Place) -> bool,
-    each: &mut dyn FnMut(&[(PackName, Place)]),
+    each: &mut dyn FnMut(&[Copied]),
 ) -> Result<Missing, RepoError> {
     let mut index = Entries::open(repo)?;
     let bad = BadRecords::load(repo)?;
@@ -201,9 +204,9 @@ impl Keepers {
     /// Picks among the places of one identifier.
     pub(super) fn pick(
         &self,
-        places: &[(PackName, Place)],
+        places: &[Copied],
         len_of: &dyn Fn(&PackName) -> u64,
-    ) -> Option<(PackName, Place)> {
+    ) -> Option<Copied> {
         let worth = |name: &PackName| {
             let needed = self.needed_bytes.get(name).copied().unwrap_or(0);
             // In millionths of the pack, which is enough to tell packs apart.

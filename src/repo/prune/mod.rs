@@ -16,7 +16,7 @@ use super::error::RepoError;
 use super::format::generation::Sweep;
 use super::generations::{self, Generations};
 use super::ids::SnapshotId;
-use super::presence::open_sessions;
+use super::presence::{Dead, open_sessions};
 use super::repository::Repository;
 use plan::Plan;
 
@@ -46,6 +46,16 @@ impl Default for PruneOptions {
             now_unix_nanos: 0,
             dry_run: false,
             pack_bytes: 64 << 20,
+        }
+    }
+}
+
+impl PruneOptions {
+    /// What is done about dead sessions.
+    fn dead(&self) -> Dead {
+        match self.dry_run {
+            true => Dead::LeaveOut,
+            false => Dead::Fence,
         }
     }
 }
@@ -175,7 +185,11 @@ impl Run<'_> {
         let (repo, options) = (self.repo, self.options);
         if let Some(condemned) = &state.pending {
             let generation = state.last.unwrap_or(0);
-            let blockers = blockers(repo, generation, state)?;
+            let blockers = match state.decided {
+                // Nothing can change any more what is removed.
+                Some(_) => Vec::new(),
+                None => blockers(repo, generation, options)?,
+            };
             if !blockers.is_empty() {
                 sweep::report_waiting(repo, condemned, &mut self.pruned)?;
                 self.pruned.waiting_for = blockers;
@@ -205,18 +219,15 @@ impl Run<'_> {
     }
 }
 
-/// Returns the sessions that may refer to what a generation condemned; none after its end is decided.
+/// Returns the sessions that may refer to what a generation condemned.
 fn blockers(
     repo: &Repository,
     generation: u64,
-    state: &Generations,
+    options: &PruneOptions,
 ) -> Result<Vec<SnapshotId>, RepoError> {
-    if state.decided.is_some() {
-        return Ok(Vec::new());
-    }
-    let waits = |seen: Option<u64>| seen.is_none_or(|seen| seen <= generation);
-    let open = open_sessions(repo)?.into_iter();
-    Ok(open.filter(|s| waits(s.seen)).map(|s| s.id).collect())
+    let open = open_sessions(repo, options.dead())?.into_iter();
+    let blocking = open.filter(|s| s.may_refer_to(generation));
+    Ok(blocking.map(|s| s.id).collect())
 }
 
 /// How often other prunes may be faster before this one gives up.

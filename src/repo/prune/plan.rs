@@ -3,10 +3,9 @@
 use std::collections::{HashMap, HashSet};
 
 use super::mark::{Holdings, Keepers, Kept, join, needed_by};
-use super::{PruneOptions, Pruned, repack, sweep};
+use super::{PruneOptions, Pruned, blockers, repack, sweep};
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
-use crate::repo::forget::Forgotten;
 use crate::repo::format::generation::{Condemned, PackName, Sweep};
 use crate::repo::format::pack::{FooterEntry, MAX_RECORDS, PackHeader, PackKind, PackTrailer};
 use crate::repo::generations::Generations;
@@ -39,7 +38,7 @@ impl Plan {
         no_room: bool,
     ) -> Result<Self, RepoError> {
         // Sessions first: what they commit meanwhile is then seen among the snapshots.
-        let open = open_sessions(repo)?;
+        let open = open_sessions(repo, options.dead())?;
         let mut drop = over(repo, options, &open)?;
         drop.extend(&gone.snapshots);
         let mut snapshots = Snapshots::load(repo, &drop)?;
@@ -78,11 +77,11 @@ impl Plan {
             let len_of = |name: &PackName| packs.get(name).copied().unwrap_or(0);
             let usable = |name: &PackName, place: &Place| is_whole(packs, name, place);
             join(repo, &mut needed, &usable, &mut |places| {
-                if let Some((name, place)) = keepers.pick(places, &len_of) {
-                    if repack.contains(&name) {
-                        let record = (place.offset, place.len);
-                        moving.entry(name).or_default().push(record);
-                    }
+                if let Some((name, place)) = keepers.pick(places, &len_of)
+                    && repack.contains(&name)
+                {
+                    let record = (place.offset, place.len);
+                    moving.entry(name).or_default().push(record);
                 }
             })?
             .check()?;
@@ -243,7 +242,8 @@ pub(super) fn dry_run(
     plan.report(pruned);
     let packs: Vec<PackName> = [&plan.useless[..], &plan.repack].concat();
     let bytes: u64 = packs.iter().filter_map(|n| plan.packs.get(n)).sum();
-    let blockers = open_sessions(repo)?;
+    let next = state.last.map_or(0, |last| last.saturating_add(1));
+    let blockers = blockers(repo, next, options)?;
     pruned.packs_repacked = plan.repack.len() as u64;
     pruned.written_bytes = plan.written_bytes(options.pack_bytes);
     match blockers.is_empty() || (packs.is_empty() && plan.dropped.is_empty()) {
@@ -255,7 +255,7 @@ pub(super) fn dry_run(
         false => {
             pruned.packs_waiting += packs.len() as u64;
             pruned.waiting_bytes += bytes;
-            pruned.waiting_for = blockers.into_iter().map(|s| s.id).collect();
+            pruned.waiting_for = blockers;
         }
     }
     Ok(())
@@ -319,14 +319,13 @@ fn over(
         .iter()
         .flat_map(|s| s.parents.iter().copied())
         .collect();
-    let over = |mark: &Forgotten| {
-        let age = options
-            .now_unix_nanos
-            .saturating_sub(mark.forgotten_unix_nanos);
-        u128::try_from(age).is_ok_and(|age| age >= options.undelete_window.as_nanos())
-    };
-    let marks = repo.forgotten()?.snapshots.into_iter();
-    let over = marks.filter(over).map(|mark| mark.snapshot.id);
+    let marks = repo.forgotten()?;
+    let window = options.undelete_window.as_nanos();
+    let over = marks
+        .snapshots
+        .iter()
+        .filter(|mark| marks.age_nanos(mark, options.now_unix_nanos) >= window)
+        .map(|mark| mark.snapshot.id);
     Ok(over.filter(|id| !parents.contains(id)).collect())
 }
 

@@ -1,6 +1,6 @@
 //! The end of a generation: what is needed after all is rescued, the rest is removed.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use super::Pruned;
 use super::mark::{join, needed_by};
@@ -12,7 +12,9 @@ use crate::repo::format::generation::{Condemned, PackName, Sweep};
 use crate::repo::format::snapshot::file_name;
 use crate::repo::generations::{self, Generations};
 use crate::repo::ids::SnapshotId;
+use crate::repo::presence::{Dead, open_sessions};
 use crate::repo::repository::Repository;
+use crate::repo::snapshot::{DiskRecord, Snapshot};
 use crate::repo::storage::StorageError;
 
 /// Removes what a generation condemned, once no session can refer to it any more; false when another process decided
@@ -45,8 +47,12 @@ pub(super) fn finish(
 fn decide(repo: &Repository, condemned: &Condemned) -> Result<Sweep, RepoError> {
     let forgotten = repo.forgotten()?;
     let still: HashSet<SnapshotId> = forgotten.snapshots.iter().map(|m| m.snapshot.id).collect();
+    // Who announces now to read one that is dropped sees that it is, and gives up.
+    let open = open_sessions(repo, Dead::LeaveOut)?;
+    let read: HashSet<SnapshotId> = open.into_iter().flat_map(|s| s.parents).collect();
     let drop = condemned.dropped.iter().copied();
-    let snapshots = Snapshots::load(repo, &drop.filter(|id| still.contains(id)).collect())?;
+    let drop = drop.filter(|id| still.contains(id) && !read.contains(id));
+    let snapshots = Snapshots::load(repo, &drop.collect())?;
     let known: HashSet<SnapshotId> = condemned.roots.iter().copied().collect();
     let new = snapshots.roots.iter().filter(|s| !known.contains(&s.id));
     repo.index().refresh()?;
@@ -144,8 +150,7 @@ pub(super) fn report_finish(
     Ok(sweep)
 }
 
-/// Removes the marks of removed snapshots that no chain of bitmaps can go through any more: those of disks that have
-/// no older snapshot.
+/// Removes the marks of removed snapshots that no chain of bitmaps can come to any more.
 pub(super) fn remove_idle_marks(repo: &Repository) -> Result<(), RepoError> {
     let marks = repo.forgotten()?;
     let snapshots = match Snapshots::load(repo, &HashSet::new()) {
@@ -155,26 +160,81 @@ pub(super) fn remove_idle_marks(repo: &Repository) -> Result<(), RepoError> {
         Err(other) => return Err(other),
     };
     let there: HashSet<SnapshotId> = snapshots.iter().map(|s| s.id).collect();
-    for mark in marks.snapshots {
-        let gone = &mark.snapshot;
-        let is_older = |disk: &str, generation: u64| {
-            let same = gone.draft.disks.iter().filter(|d| d.disk == disk);
-            same.into_iter().any(|d| generation <= d.generation)
-        };
-        let needed = snapshots
-            .iter()
-            .filter(|s| s.draft.name == gone.draft.name)
-            .flat_map(|s| &s.draft.disks)
-            .any(|d| is_older(&d.disk, d.generation));
-        if there.contains(&gone.id) || needed {
+    let gone: Vec<&Snapshot> = marks
+        .snapshots
+        .iter()
+        .map(|mark| &mark.snapshot)
+        .filter(|s| !there.contains(&s.id))
+        .collect();
+    let mut histories: HashMap<(&str, &str), History<'_>> = HashMap::new();
+    for (snapshot, is_there) in snapshots
+        .iter()
+        .map(|s| (s, true))
+        .chain(gone.iter().map(|s| (*s, false)))
+    {
+        for disk in &snapshot.draft.disks {
+            let of_disk = (snapshot.draft.name.as_str(), disk.disk.as_str());
+            histories.entry(of_disk).or_default().add(disk, is_there);
+        }
+    }
+    for snapshot in gone {
+        let needed = snapshot.draft.disks.iter().any(|disk| {
+            let of_disk = (snapshot.draft.name.as_str(), disk.disk.as_str());
+            histories.get(&of_disk).is_none_or(|h| h.needs(disk))
+        });
+        if needed {
             continue;
         }
-        match repo.storage().remove(&mark_file(&gone.id)) {
+        match repo.storage().remove(&mark_file(&snapshot.id)) {
             Ok(()) | Err(StorageError::Missing { .. }) => {}
             Err(other) => return Err(other.into()),
         }
     }
     Ok(())
+}
+
+/// What is known of a disk's past.
+#[derive(Default)]
+struct History<'a> {
+    /// The generation of its oldest snapshot.
+    oldest: Option<u64>,
+    /// The last generation of all.
+    last: u64,
+    /// For each bitmap the last generation that says something of it.
+    told: HashMap<&'a str, u64>,
+}
+
+impl<'a> History<'a> {
+    fn add(&mut self, disk: &'a DiskRecord, is_there: bool) {
+        self.last = self.last.max(disk.generation);
+        if is_there {
+            let oldest = self.oldest.unwrap_or(u64::MAX);
+            self.oldest = Some(oldest.min(disk.generation));
+        }
+        for bitmap in bitmaps(disk) {
+            let last = self.told.entry(bitmap).or_default();
+            *last = (*last).max(disk.generation);
+        }
+    }
+
+    /// Whether the mark of a removed snapshot says something that nothing later says.
+    ///
+    /// Without an older snapshot it keeps nobody from anything. The last one tells which number comes next.
+    fn needs(&self, gone: &DiskRecord) -> bool {
+        let told_later = |bitmap: &str| {
+            let last = self.told.get(bitmap);
+            last.is_some_and(|last| *last > gone.generation)
+        };
+        self.oldest.is_some_and(|oldest| oldest <= gone.generation)
+            && (gone.generation == self.last || !bitmaps(gone).all(told_later))
+    }
+}
+
+/// The bitmaps of which a record of a disk says something.
+fn bitmaps(disk: &DiskRecord) -> impl Iterator<Item = &str> {
+    let started = disk.bitmaps_started.iter().chain(&disk.bitmaps_lost);
+    let used = disk.bitmap_used.iter();
+    used.chain(started).map(String::as_str)
 }
 
 /// Merges segments, and leaves out what packs held that are gone when that is much.

@@ -199,9 +199,16 @@ impl Storage for LocalStorage {
 
     fn remove(&self, name: &str) -> Result<(), StorageError> {
         lock(&self.open).forget(name);
-        fs::remove_file(self.path(name)).map_err(|e| StorageError::from_io("remove", name, e))?;
-        self.folders.changed(name);
-        Ok(())
+        let removed = fs::remove_file(self.path(name));
+        // Also when it was gone: whoever removed it may not have made that durable, and the caller may rely on it.
+        if self
+            .path(name)
+            .parent()
+            .is_some_and(|folder| folder.is_dir())
+        {
+            self.folders.changed(name);
+        }
+        removed.map_err(|e| StorageError::from_io("remove", name, e))
     }
 
     fn barrier(&self) -> Result<(), StorageError> {
@@ -218,10 +225,11 @@ impl Storage for LocalStorage {
     }
 
     fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
-        let file = match File::open(self.root.join(TMP).join(name)) {
+        let file = match open_to_lock(&self.root.join(TMP).join(name)) {
             Ok(file) => file,
             // Let go, or its holder is dead and its file was swept.
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Some(false)),
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
             Err(e) => return Err(StorageError::from_io("open", name, e)),
         };
         match file.try_lock() {
@@ -244,7 +252,7 @@ impl Storage for LocalStorage {
                 .map_err(|e| StorageError::from_io("list", TMP, e))?
                 .path();
             let shown = path.display().to_string();
-            let file = match File::open(&path) {
+            let file = match open_to_lock(&path) {
                 Ok(file) => file,
                 // Gone by now, or another user's, who sweeps it.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
@@ -407,6 +415,11 @@ impl OpenFiles {
             self.order.retain(|n| n != name);
         }
     }
+}
+
+/// Opens a file for a lock; where locks are those of a network file system, that takes the right to write.
+fn open_to_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(path)
 }
 
 fn rename_new(from: &Path, to: &Path) -> io::Result<()> {

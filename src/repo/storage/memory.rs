@@ -15,6 +15,8 @@ pub struct MemoryStorage {
 struct State {
     files: BTreeMap<String, Arc<Vec<u8>>>,
     not_durable: BTreeSet<String>,
+    /// What was removed and would be there again.
+    not_gone: BTreeMap<String, Arc<Vec<u8>>>,
     held: BTreeSet<String>,
 }
 
@@ -24,20 +26,25 @@ impl MemoryStorage {
         Self::default()
     }
 
-    /// Returns a copy that shares nothing, as it is after a power failure: of the names that no barrier made
-    /// durable only those that `survives` picks are there.
+    /// Returns a copy that shares nothing, as it is after a power failure: of what was published or removed since the
+    /// last barrier, only that happened to which name `survives` agrees.
     pub fn after_power_failure(&self, mut survives: impl FnMut(&str) -> bool) -> Self {
         let state = self.lock();
-        let files = state
-            .files
-            .iter()
-            .filter(|(name, _)| !state.not_durable.contains(*name) || survives(name))
-            .map(|(name, bytes)| (name.clone(), Arc::clone(bytes)))
-            .collect();
+        let mut files = state.files.clone();
+        for name in state.not_durable.iter().chain(state.not_gone.keys()) {
+            if survives(name) {
+                continue;
+            }
+            match state.not_gone.get(name) {
+                Some(old) => files.insert(name.clone(), Arc::clone(old)),
+                None => files.remove(name),
+            };
+        }
         Self {
             state: Arc::new(Mutex::new(State {
                 files,
                 not_durable: BTreeSet::new(),
+                not_gone: BTreeMap::new(),
                 // Whoever held a name is dead.
                 held: BTreeSet::new(),
             })),
@@ -118,9 +125,14 @@ impl Storage for MemoryStorage {
 
     fn remove(&self, name: &str) -> Result<(), StorageError> {
         let mut state = self.lock();
-        state.not_durable.remove(name);
+        let was_durable = !state.not_durable.remove(name);
         match state.files.remove(name) {
-            Some(_) => Ok(()),
+            Some(bytes) => {
+                if was_durable {
+                    state.not_gone.entry(name.to_owned()).or_insert(bytes);
+                }
+                Ok(())
+            }
             None => Err(StorageError::Missing {
                 name: name.to_owned(),
             }),
@@ -128,7 +140,9 @@ impl Storage for MemoryStorage {
     }
 
     fn barrier(&self) -> Result<(), StorageError> {
-        self.lock().not_durable.clear();
+        let mut state = self.lock();
+        state.not_durable.clear();
+        state.not_gone.clear();
         Ok(())
     }
 

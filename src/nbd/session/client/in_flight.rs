@@ -11,14 +11,26 @@ pub enum Asked {
     /// The bytes of a range.
     Read(ByteRange),
     /// The extents of a range.
-    Status(ByteRange),
+    Status {
+        /// The range.
+        range: ByteRange,
+        /// The one context that is asked, by its place among those granted; `None` asks all.
+        only: Option<usize>,
+    },
+    /// Something to be done to a range, whose reply carries nothing but success or an error.
+    Effect {
+        /// `WRITE`, `WRITE_ZEROES`, `TRIM`, `CACHE` or `FLUSH`.
+        command: Command,
+        /// The range; empty for `FLUSH`.
+        range: ByteRange,
+    },
 }
 
 impl Asked {
     /// The range.
     pub const fn range(self) -> ByteRange {
         match self {
-            Self::Read(range) | Self::Status(range) => range,
+            Self::Read(range) | Self::Status { range, .. } | Self::Effect { range, .. } => range,
         }
     }
 
@@ -26,7 +38,8 @@ impl Asked {
     pub const fn command(self) -> Command {
         match self {
             Self::Read(_) => Command::READ,
-            Self::Status(_) => Command::BLOCK_STATUS,
+            Self::Status { .. } => Command::BLOCK_STATUS,
+            Self::Effect { command, .. } => command,
         }
     }
 }
@@ -70,8 +83,10 @@ pub struct Finished<T> {
 pub enum Outcome {
     /// All bytes came; these ranges as holes, ascending, with neighbours merged.
     Read(Vec<ByteRange>),
-    /// The extents, one list for each granted context.
+    /// The extents, one list for each context that was asked.
     Status(Vec<Vec<Extent>>),
+    /// It is done.
+    Done,
     /// The server could not do it; the connection lives on.
     Failed(RequestFailed),
 }

@@ -1,4 +1,4 @@
-//! The options without a payload: `LIST`, `STRUCTURED_REPLY`, `ABORT`.
+//! The options without a payload: `LIST`, `STRUCTURED_REPLY`, `EXTENDED_HEADERS`, `ABORT`.
 
 use super::super::{SessionError, limits};
 use super::options::{bounded, unexpected};
@@ -55,6 +55,27 @@ impl OptionCall for StructuredReply {
 
     fn finish(self, options: &mut Options) -> Result<(), SessionError> {
         options.agree(Dialect::Structured);
+        Ok(())
+    }
+}
+
+/// Asks for extended headers, which bring structured replies along.
+#[derive(Debug)]
+pub struct ExtendedHeaders;
+
+impl OptionCall for ExtendedHeaders {
+    type Answer = ();
+
+    fn option(&self) -> OptionCode {
+        OptionCode::EXTENDED_HEADERS
+    }
+
+    fn payload(&self) -> Result<Vec<u8>, EncodeError> {
+        Ok(Vec::new())
+    }
+
+    fn finish(self, options: &mut Options) -> Result<(), SessionError> {
+        options.agree(Dialect::Extended);
         Ok(())
     }
 }

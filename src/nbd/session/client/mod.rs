@@ -16,7 +16,7 @@ mod start_tls;
 pub use greeting::{AwaitExportName, AwaitGreeting, NotFixed, Opened};
 pub use in_flight::{Asked, Finished, InFlight, Outcome, RequestFailed};
 pub use info::{AskExport, ExportDetails};
-pub use list::{Abort, List, StructuredReply};
+pub use list::{Abort, ExtendedHeaders, List, StructuredReply};
 pub use meta::{ListContexts, SetContexts};
 pub use options::{Heard, OptionCall, Options, Sent};
 pub use replies::{Event, Replies};

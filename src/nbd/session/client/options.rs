@@ -208,7 +208,7 @@ pub(super) fn bounded(what: &'static str, text: String) -> Result<String, Sessio
 
 #[cfg(test)]
 mod tests {
-    use super::super::StructuredReply;
+    use super::super::{ExtendedHeaders, StructuredReply};
     use super::*;
 
     fn sent() -> Sent<StructuredReply> {
@@ -247,6 +247,17 @@ mod tests {
             panic!("not done");
         };
         assert_eq!(options.dialect(), Dialect::Structured);
+    }
+
+    #[test]
+    fn acknowledged_extended_headers_change_the_dialect() {
+        let mut out = Vec::new();
+        let sent = Options::new(true).send(ExtendedHeaders, &mut out).unwrap();
+        assert_eq!(out, b"IHAVEOPT\0\0\0\x0b\0\0\0\0");
+        let Heard::Done(options, Ok(())) = sent.handle(&header(11, 1, 0)).unwrap() else {
+            panic!("not done");
+        };
+        assert_eq!(options.dialect(), Dialect::Extended);
     }
 
     #[test]

@@ -163,8 +163,9 @@ impl Replies {
             Asked::Read(_) if self.dialect != Dialect::Simple => {
                 Err(PeerMisbehaved::SimpleReply { command }.into())
             }
-            Asked::Status(_) if !failed => Err(PeerMisbehaved::SimpleReply { command }.into()),
-            Asked::Read(_) | Asked::Status(_) => {
+            Asked::Status { .. } if !failed => Err(PeerMisbehaved::SimpleReply { command }.into()),
+            Asked::Effect { .. } if !failed => self.finish(cookie, requests),
+            Asked::Read(_) | Asked::Status { .. } | Asked::Effect { .. } => {
                 fail(entry, error, String::new(), None)?;
                 self.finish(cookie, requests)
             }
@@ -290,6 +291,13 @@ impl Replies {
         let Some(at) = self.contexts.iter().position(|context| *context == id) else {
             return Err(PeerMisbehaved::UnknownContext { id }.into());
         };
+        if let Asked::Status {
+            only: Some(only), ..
+        } = entry.asked
+            && only != at
+        {
+            return Err(PeerMisbehaved::StatusNotAsked { id }.into());
+        }
         let extents = extents_of_reply(chunk, entry.asked.range(), self.block_size)?;
         entry.status.resize(self.contexts.len(), None);
         match entry.status.get_mut(at) {
@@ -310,11 +318,22 @@ impl Replies {
                 entry.coverage.finish()?;
                 Outcome::Read(merged(std::mem::take(&mut entry.holes)))
             }
-            (None, Asked::Status(request)) => {
+            (None, Asked::Effect { .. }) => Outcome::Done,
+            (
+                None,
+                Asked::Status {
+                    range: request,
+                    only,
+                },
+            ) => {
                 let mut found = Vec::new();
                 let mut came = std::mem::take(&mut entry.status).into_iter();
-                for id in &self.contexts {
-                    match came.next().flatten() {
+                for (at, id) in self.contexts.iter().enumerate() {
+                    let came = came.next().flatten();
+                    if only.is_some_and(|only| only != at) {
+                        continue;
+                    }
+                    match came {
                         Some(extents) => found.push(extents),
                         None => {
                             return Err(PeerMisbehaved::StatusMissing { id: *id, request }.into());

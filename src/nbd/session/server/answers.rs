@@ -4,7 +4,7 @@ use super::super::{SessionError, limits};
 use super::{Agreed, Catalog, Offer};
 use crate::nbd::wire::{
     Dialect, ExportInfo, Info, InfoCode, InfoRequest, ListedExport, MetaContext, MetaRequest,
-    OptionCode, OptionReplyCode, encode_reply,
+    OptionCode, OptionReplyCode, TransmissionFlags, encode_reply,
 };
 
 /// What the options so far have agreed on.
@@ -43,6 +43,7 @@ impl Answers {
         OptionCode::STRUCTURED_REPLY,
         OptionCode::LIST_META_CONTEXT,
         OptionCode::SET_META_CONTEXT,
+        OptionCode::EXTENDED_HEADERS,
     ];
 
     pub(super) const fn dialect(&self) -> Dialect {
@@ -94,6 +95,7 @@ impl Answers {
             }
             OptionCode::LIST => list(payload, catalog, out),
             OptionCode::STRUCTURED_REPLY => self.structured(payload, out),
+            OptionCode::EXTENDED_HEADERS => self.extended(payload, out),
             OptionCode::INFO | OptionCode::GO => self.info(option, payload, catalog, out),
             OptionCode::LIST_META_CONTEXT => list_contexts(payload, catalog, out),
             OptionCode::SET_META_CONTEXT => self.set_contexts(payload, catalog, out),
@@ -111,12 +113,44 @@ impl Answers {
         if !payload.is_empty() {
             return invalid(option, "the option has no payload", out);
         }
-        if self.dialect != Dialect::Simple {
-            return invalid(option, "structured replies are on already", out);
+        match self.dialect {
+            Dialect::Simple => {
+                self.dialect = Dialect::Structured;
+                Self::acknowledge(option, out)?;
+                Ok(After::Next)
+            }
+            Dialect::Structured => invalid(option, "structured replies are on already", out),
+            Dialect::Extended => {
+                let text = "extended headers are on, and structured replies with them";
+                Self::refuse(option, OptionReplyCode::ERR_EXT_HEADER_REQD, text, out)
+            }
         }
-        self.dialect = Dialect::Structured;
+    }
+
+    fn extended(&mut self, payload: &[u8], out: &mut Vec<u8>) -> Result<After, SessionError> {
+        let option = OptionCode::EXTENDED_HEADERS;
+        if !payload.is_empty() {
+            return invalid(option, "the option has no payload", out);
+        }
+        if self.dialect == Dialect::Extended {
+            return invalid(option, "extended headers are on already", out);
+        }
+        self.dialect = Dialect::Extended;
         Self::acknowledge(option, out)?;
         Ok(After::Next)
+    }
+
+    /// What an export can do for a client that has agreed on this much; INFO tells of all that GO could.
+    fn flags(&self, option: OptionCode, export: usize, offer: &Offer) -> TransmissionFlags {
+        let chosen =
+            matches!(&self.chosen, Some((of, contexts)) if *of == export && !contexts.is_empty());
+        let filter = self.dialect == Dialect::Extended
+            && (chosen || (option == OptionCode::INFO && !offer.contexts.is_empty()));
+        let flags = offer.flags(self.dialect);
+        match filter {
+            true => flags | TransmissionFlags::BLOCK_STATUS_PAYLOAD,
+            false => flags,
+        }
     }
 
     fn info(
@@ -139,7 +173,7 @@ impl Answers {
             Info::BlockSize(offer.block_size.into()),
             Info::Export(ExportInfo {
                 size: offer.size,
-                flags: offer.flags(self.dialect),
+                flags: self.flags(option, export, offer),
             }),
         ];
         if let Some(text) = &offer.description {

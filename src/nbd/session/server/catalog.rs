@@ -16,16 +16,32 @@ pub struct Offer {
     pub block_size: BlockSize,
     /// The metadata contexts; a context's number is its place here.
     pub contexts: Vec<String>,
+    /// What the disk can do, as far as it does not depend on what a client speaks.
+    pub abilities: TransmissionFlags,
 }
 
 impl Offer {
+    /// What a disk of a fixed content can do.
+    pub const READ_ONLY: TransmissionFlags = TransmissionFlags(
+        TransmissionFlags::READ_ONLY.0
+            | TransmissionFlags::SEND_FLUSH.0
+            | TransmissionFlags::SEND_CACHE.0
+            | TransmissionFlags::CAN_MULTI_CONN.0,
+    );
+
+    /// What a disk may say that it can do.
+    const ABILITIES: TransmissionFlags = TransmissionFlags(
+        Self::READ_ONLY.0
+            | TransmissionFlags::SEND_FUA.0
+            | TransmissionFlags::ROTATIONAL.0
+            | TransmissionFlags::SEND_TRIM.0
+            | TransmissionFlags::SEND_WRITE_ZEROES.0
+            | TransmissionFlags::SEND_FAST_ZERO.0,
+    );
+
     /// What the export can do for a client that speaks `dialect`.
     pub fn flags(&self, dialect: Dialect) -> TransmissionFlags {
-        let flags = TransmissionFlags::HAS_FLAGS
-            | TransmissionFlags::READ_ONLY
-            | TransmissionFlags::SEND_FLUSH
-            | TransmissionFlags::SEND_CACHE
-            | TransmissionFlags::CAN_MULTI_CONN;
+        let flags = TransmissionFlags::HAS_FLAGS | self.abilities.both(Self::ABILITIES);
         match dialect {
             Dialect::Simple => flags,
             Dialect::Structured | Dialect::Extended => flags | TransmissionFlags::SEND_DF,
@@ -137,6 +153,7 @@ mod tests {
             size,
             block_size: BlockSize::new(min, 65536, 1 << 20).unwrap(),
             contexts: Vec::new(),
+            abilities: Offer::READ_ONLY,
         }
     }
 

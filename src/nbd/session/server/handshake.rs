@@ -250,6 +250,9 @@ fn export_name(
         .into());
     };
     let dialect = state.answers.dialect();
+    if dialect == Dialect::Extended {
+        return Err(PeerMisbehaved::ExportNameExtended.into());
+    }
     ExportNameAnswer {
         size: offer.size,
         flags: offer.flags(dialect),
