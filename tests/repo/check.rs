@@ -322,6 +322,39 @@ fn prune_frees_healed_packs_and_forgets_their_marks() {
 }
 
 #[test]
+fn prune_goes_on_beside_what_is_lost_and_keeps_healing_packs_that_no_index_knows() {
+    let sample = sample();
+    let storage = copy(&sample.storage);
+    let options = PruneOptions {
+        undelete_window: std::time::Duration::ZERO,
+        now_unix_nanos: 10,
+        ..PruneOptions::default()
+    };
+    for file in files(&storage, "packs/") {
+        storage.remove(&file).unwrap();
+    }
+    let repo = open(&storage);
+    assert!(
+        repo.prune(&options).is_err(),
+        "nothing says that it is lost"
+    );
+    assert!(check(&repo, None, true).marked > 0);
+    let repo = open(&storage);
+    repo.prune(&options).unwrap();
+    // Healed, by packs whose index segments are lost again.
+    assert!(heals(&sample, &storage, "healed"));
+    for file in files(&storage, "idx/") {
+        storage.remove(&file).unwrap();
+    }
+    let _ = open(&storage).prune(&options);
+    check(&open(&storage), None, true);
+    let repo = open(&storage);
+    for (id, disk) in &sample.disks {
+        assert!(restore(&repo, id).unwrap() == *disk);
+    }
+}
+
+#[test]
 fn index_is_made_anew_and_equals_what_it_was() {
     let sample = sample();
     for how in 0..3 {

@@ -93,8 +93,9 @@ pub(super) fn join(
         if places.is_empty() {
             std::mem::swap(&mut places, &mut damaged);
         }
-        // What a check has called lost stops nothing.
+        // What a check has called lost stops nothing, but calls for care.
         if places.is_empty() && bad.names(id) {
+            missing.lost += 1;
             continue;
         }
         if places.is_empty() {
@@ -111,18 +112,39 @@ pub(super) fn join(
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Missing {
     count: u64,
+    /// How many more there are that a check has called lost.
+    lost: u64,
     example: Option<Prefix>,
 }
 
 impl Missing {
-    /// Fails when there are any.
-    pub(super) fn check(&self) -> Result<(), RepoError> {
+    /// Fails when there are any that were not known to be lost; returns whether a pack can be useless.
+    ///
+    /// What is lost may have been stored again, into a pack that a lost segment of the index named: where something is
+    /// lost, no pack goes that the index does not know. All records of a pack are in one segment.
+    pub(super) fn check(&self, repo: &Repository) -> Result<MayGo, RepoError> {
         match self.example {
-            None => Ok(()),
+            None if self.lost == 0 => Ok(MayGo::Any),
+            None => Ok(MayGo::Known(repo.index().packs())),
             Some(example) => Err(RepoError::RecordsMissing {
                 records: self.count,
                 example: format!("{example:032x}"),
             }),
+        }
+    }
+}
+
+/// The packs that may be removed, if nobody needs them.
+pub(super) enum MayGo {
+    Any,
+    Known(HashSet<PackName>),
+}
+
+impl MayGo {
+    pub(super) fn includes(&self, pack: &PackName) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Known(known) => known.contains(pack),
         }
     }
 }
@@ -197,7 +219,7 @@ impl Keepers {
                 *needed_bytes.entry(*name).or_default() += u64::from(place.len);
             }
         })?
-        .check()?;
+        .check(repo)?;
         Ok(Self { needed_bytes })
     }
 
