@@ -58,14 +58,14 @@ fn reader_restores_what_was_backed_up() {
     let lab = Lab::new();
     agree(&lab, &[], &[]);
     // A damaged chunk is an error there too.
-    let files = lab.repository_files();
-    let pack = files
-        .iter()
-        .find(|f| f.to_str().unwrap().contains("/packs/"));
-    let mut bytes = std::fs::read(pack.unwrap()).unwrap();
-    bytes[100] ^= 1;
-    std::fs::remove_file(pack.unwrap()).unwrap();
-    std::fs::write(pack.unwrap(), bytes).unwrap();
+    for file in lab.repository_files() {
+        if file.to_str().unwrap().contains("/packs/") {
+            let mut bytes = std::fs::read(&file).unwrap();
+            bytes[100] ^= 1;
+            std::fs::remove_file(&file).unwrap();
+            std::fs::write(&file, bytes).unwrap();
+        }
+    }
     let id = lab.snapshots().remove(0);
     let target = lab.file("read");
     let output = reader(&[], &[&lab.repository(), &id, "vda", &target]);

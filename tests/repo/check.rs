@@ -435,8 +435,8 @@ fn damaged_packs_and_snapshots_are_fetched_from_a_copy() {
             repo.repair_from(&bad).unwrap().fetched,
             Vec::<String>::new()
         );
-        // Two turns: the packs of a snapshot that was lost are known only when it is back.
-        for _ in 0..2 {
+        // The packs of a snapshot that was lost are known only when it is back, and those of a map with that.
+        for _ in 0..4 {
             let done = repo.repair_from(&sample.storage).unwrap();
             assert!(done.failed.is_empty(), "{done:?}");
             check(&repo, Some(100.0), true);
