@@ -8,7 +8,7 @@ use crate::rig::{CHUNK, Rig};
 async fn rig() -> Rig {
     let rig = Rig::of_size(300 * CHUNK as usize + 5);
     for chunk in 0..300 {
-        rig.disk.write(chunk * CHUNK, &[(chunk % 255) as u8 + 1; 9]);
+        rig.disk.write(chunk * CHUNK, &(chunk + 1).to_le_bytes());
     }
     rig
 }

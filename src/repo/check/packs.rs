@@ -227,13 +227,10 @@ impl Reading<'_> {
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..threads).map(|_| scope.spawn(|| self.some())).collect();
-            threads
-                .into_iter()
-                .map(|thread| {
-                    let lost = || RepoError::misuse("a thread that reads packs panicked");
-                    thread.join().unwrap_or_else(|_| Err(lost()))
-                })
-                .collect()
+            threads.into_iter().try_for_each(|thread| {
+                let lost = || RepoError::misuse("a thread that reads packs panicked");
+                thread.join().unwrap_or_else(|_| Err(lost()))
+            })
         })
     }
 
