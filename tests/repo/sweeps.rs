@@ -187,7 +187,8 @@ fn prune_that_dies_while_it_ends_another_dead_one_is_ended_by_the_next() {
         let done = prune(Arc::new(first.clone())).is_ok();
         let mut then = 1 + at % stride;
         loop {
-            let left = storage.after_power_failure(|name| !(name.len() as u64 + at).is_multiple_of(3));
+            let left =
+                storage.after_power_failure(|name| !(name.len() as u64 + at).is_multiple_of(3));
             let second = FaultStorage::new(Arc::new(left.clone()), then, Fault::Dead);
             let ended = prune(Arc::new(second.clone())).is_ok();
             let mut rng = Rng(at << 20 | then);
