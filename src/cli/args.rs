@@ -100,6 +100,12 @@ pub(crate) enum Command {
     Forget(Forget),
     /// Frees what no snapshot needs; safe beside running backups.
     Prune(Prune),
+    /// Proves that the repository is whole, and names what is damaged by snapshot, disk and range.
+    Check(Check),
+    /// Fetches what is damaged from a copy of the repository's files.
+    Repair(RepairArgs),
+    /// Copies snapshots to another repository, sending only what it lacks.
+    Copy(CopyArgs),
     /// Lists, adds, removes or changes the passwords and key files that open the repository.
     Key(Key),
 }
@@ -381,6 +387,49 @@ pub(crate) struct Forget {
     pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) how: PruneArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// Reads and proves every record, or so much of all packs: those first that were not read for the longest time.
+    #[arg(long, value_name = "PERCENT", num_args = 0..=1, require_equals = true, default_missing_value = "100", value_parser = percent)]
+    pub(crate) read_data: Option<f64>,
+    /// Mends what can be mended: copies of small files, the index; marks damaged records, so that the next backup reads and
+    /// stores them again.
+    #[arg(long)]
+    pub(crate) repair: bool,
+    /// Needs no password: compares all files with the checksums beside them, and says nothing of snapshots.
+    #[arg(long, conflicts_with_all = ["read_data", "repair"])]
+    pub(crate) no_key: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RepairArgs {
+    /// A copy of this repository's files, made by a mirror or a snapshot of its file system.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) from: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CopyArgs {
+    /// The snapshots (default: all).
+    #[arg(value_name = "SNAPSHOT")]
+    pub(crate) snapshots: Vec<String>,
+    /// The other repository: a directory; its chunks must have the same size.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) to: PathBuf,
+    /// A file whose content is the other repository's password [env: NBDBACKUP_TO_PASSWORD_FILE, or the password itself in
+    /// NBDBACKUP_TO_PASSWORD].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) to_password_file: Option<PathBuf>,
+    /// A shell command that prints the other repository's password [env: NBDBACKUP_TO_PASSWORD_COMMAND].
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) to_password_command: Option<OsString>,
+    /// A key file that opens the other repository [env: NBDBACKUP_TO_KEY_FILE].
+    #[arg(long, value_name = "PATH")]
+    pub(crate) to_key_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) compression: CompressionArg,
 }
 
 #[derive(Debug, Args)]

@@ -32,7 +32,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(outcome) => {
             reporter.result(&outcome);
-            ExitCode::SUCCESS
+            ExitCode::from(outcome.exit_code())
         }
         Err(failure) => {
             reporter.error(&failure);

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use zeroize::Zeroizing;
 
-use super::args::{Global, NewSecret};
+use super::args::{CopyArgs, Global, NewSecret};
 use crate::engine::EngineError;
 use crate::repo::{PasswordCost, Secret};
 
@@ -40,6 +40,33 @@ pub(super) fn given(global: &Global) -> Result<Option<Secret>, EngineError> {
         }
     }
     Ok(None)
+}
+
+/// Finds the secret that opens the repository which is copied to.
+pub(super) fn given_for_target(args: &CopyArgs) -> Result<Option<Secret>, EngineError> {
+    let typed = Sources {
+        file: args.to_password_file.clone(),
+        command: args.to_password_command.clone(),
+        key_file: args.to_key_file.clone(),
+    };
+    if let Some(secret) = typed.read()? {
+        return Ok(Some(secret));
+    }
+    let set = Sources {
+        file: variable("NBDBACKUP_TO_PASSWORD_FILE").map(PathBuf::from),
+        command: variable("NBDBACKUP_TO_PASSWORD_COMMAND"),
+        key_file: variable("NBDBACKUP_TO_KEY_FILE").map(PathBuf::from),
+    };
+    if let Some(secret) = set.read()? {
+        return Ok(Some(secret));
+    }
+    match variable("NBDBACKUP_TO_PASSWORD") {
+        None => Ok(None),
+        Some(text) => {
+            let text = Zeroizing::new(text.into_encoded_bytes());
+            password(&text, "NBDBACKUP_TO_PASSWORD").map(Some)
+        }
+    }
 }
 
 /// Asks for the password on a terminal; `None` where there is none.

@@ -1,5 +1,6 @@
 //! A backup run: opens the sources, proves the chain, reads the disks, and commits one snapshot at the end.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use super::catalog::Catalog;
 use super::chain::{History, Parent, Reason, next_generation, parent_asserted, parent_by_bitmap};
 use super::event::{Event, Observer, Warning};
 use super::outcome::{BackupOutcome, DiskBackup};
+use super::plan::Geometry;
 use super::read_disk::{ReadDisk, Tally, read_disk};
 use super::source::{BitmapState, OpenSource, SourceSpec};
 use super::stages::SourceMeters;
@@ -284,7 +286,7 @@ impl Run<'_> {
 
     /// Reads one disk into the session.
     async fn one(
-        &self,
+        &mut self,
         disk: &OpenDisk,
         session: &Arc<Session>,
         workers: &Workers,
@@ -292,7 +294,10 @@ impl Run<'_> {
         let export = disk.source.client.export();
         let geometry = self.catalog.geometry(export.size_bytes);
         let follow = self.request.follow.as_ref();
+        let again = self.damaged(disk, geometry).await?;
+        let again_bytes = again.iter().map(|run| geometry.bytes(run).len()).sum();
         let task = ReadDisk {
+            again,
             disk: disk.name.clone(),
             geometry,
             parent: disk
@@ -347,6 +352,7 @@ impl Run<'_> {
             dirty_bytes,
             read_bytes,
             zero_bytes,
+            reread_bytes: again_bytes,
             chunks_total: geometry.chunks(),
             chunks_new,
             new_bytes,
@@ -382,6 +388,34 @@ impl Run<'_> {
         Ok((record, report))
     }
 
+    /// Finds what the parent has lost: it is read again, clean or not, and heals all snapshots if it is still the same.
+    async fn damaged(
+        &mut self,
+        disk: &OpenDisk,
+        geometry: Geometry,
+    ) -> Result<Vec<Range<u64>>, EngineError> {
+        let Some((_, parent)) = &disk.parent else {
+            return Ok(Vec::new());
+        };
+        let (repository, root) = (Arc::clone(self.catalog.repository()), parent.root);
+        let mut again = blocking(move || repository.damaged_chunks(&root))
+            .await?
+            .map_err(self.catalog.failed())?;
+        for run in &mut again {
+            run.end = run.end.min(geometry.chunks());
+        }
+        again.retain(|run| !run.is_empty());
+        if !again.is_empty() {
+            let bytes: u64 = again.iter().map(|run| geometry.bytes(run).len()).sum();
+            let message = format!(
+                "{bytes} bytes are damaged in the parent snapshot; they are read again, in {} ranges",
+                again.len()
+            );
+            self.warn("damaged-parent", Some(&disk.name), message);
+        }
+        Ok(again)
+    }
+
     /// Publishes the snapshot.
     async fn commit(mut self, read: ReadDisks) -> Result<BackupOutcome, EngineError> {
         let ReadDisks {
@@ -397,6 +431,7 @@ impl Run<'_> {
             finished_unix_nanos: nanos(finished),
             tool: concat!("nbdbackup ", env!("CARGO_PKG_VERSION")).to_owned(),
             complete: true,
+            origin: None,
             disks: records,
         };
         let committing = Arc::clone(&session);

@@ -3,6 +3,8 @@
 mod backup;
 mod catalog;
 mod chain;
+mod check;
+mod copy;
 mod disk;
 mod error;
 mod event;
@@ -27,10 +29,15 @@ mod walk;
 mod workers;
 
 pub use crate::range::ByteRange;
-pub use crate::repo::{BackupKind, DiskRecord, PasswordCost, Pruned, SlotInfo, Snapshot};
+pub use crate::repo::{
+    BackupKind, Checked, DamagedFile, DamagedRange, DiskRecord, PasswordCost, Pruned, SlotInfo,
+    Snapshot,
+};
 pub use backup::{BackupDisk, BackupRequest, Follow, backup};
 pub use catalog::{Catalog, InitRequest, SnapshotFilter, SnapshotsOutcome};
 pub use chain::Reason;
+pub use check::{CheckOutcome, CheckRequest, RepairOutcome, check_keyless};
+pub use copy::{CopiedSnapshot, CopyOutcome, CopyRequest};
 pub use error::{Cause, EngineError, RepoFault, chain};
 pub use event::{Event, Observer, Progress, ServedExport, Warning};
 pub use export::SnapshotExport;

@@ -31,6 +31,8 @@ pub struct DiskBackup {
     pub read_bytes: u64,
     /// The bytes that were stored as zeros without being read.
     pub zero_bytes: u64,
+    /// What the bitmap called clean and was read all the same, because the parent has lost it.
+    pub reread_bytes: u64,
     /// The disk's chunks.
     pub chunks_total: u64,
     /// Those of them that the repository did not have.

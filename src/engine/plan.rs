@@ -68,6 +68,8 @@ pub struct WindowPlan {
     follows_bitmap: bool,
     /// Runs of chunks that hold a dirty byte.
     dirty: Vec<Range<u64>>,
+    /// Runs of chunks that are read whatever the bitmap says.
+    again: Vec<Range<u64>>,
     /// Runs of chunks that are zero all over.
     zero: Vec<Range<u64>>,
     /// Zeros that the next extent may go on with.
@@ -92,6 +94,7 @@ impl WindowPlan {
             bytes,
             follows_bitmap,
             dirty: Vec::new(),
+            again: Vec::new(),
             zero: Vec::new(),
             open_zero: None,
             dirty_bytes: 0,
@@ -121,6 +124,14 @@ impl WindowPlan {
         };
     }
 
+    /// Marks runs of chunks that must not be kept, clean or not; they ascend.
+    pub fn again(&mut self, runs: &[Range<u64>]) {
+        for run in runs {
+            let within = run.start.max(self.chunks.start)..run.end.min(self.chunks.end);
+            push(&mut self.again, within);
+        }
+    }
+
     /// The bytes that the bitmap called dirty.
     pub fn dirty_bytes(&self) -> u64 {
         self.dirty_bytes
@@ -131,6 +142,13 @@ impl WindowPlan {
     /// A chunk is kept only when the bitmap calls all of it clean and its number is below `inheritable`.
     pub fn finish(mut self, inheritable: u64) -> Vec<Step> {
         self.close_zero();
+        if !self.again.is_empty() {
+            self.again.append(&mut self.dirty);
+            self.again.sort_unstable_by_key(|run| run.start);
+            for run in self.again.drain(..) {
+                push(&mut self.dirty, run);
+            }
+        }
         let mut steps: Vec<Step> = Vec::new();
         let (mut dirty, mut zero) = (self.dirty.iter().peekable(), self.zero.iter().peekable());
         let mut at = self.chunks.start;
@@ -275,6 +293,27 @@ mod tests {
         assert_eq!(
             plan.finish(2),
             [step(0..2, Action::Keep), step(2..4, Action::Read)]
+        );
+    }
+
+    #[test]
+    fn clean_chunk_that_must_be_read_again_is_not_kept() {
+        let g = geometry(8 * CHUNK);
+        let mut plan = WindowPlan::new(g, range(CHUNK, 8 * CHUNK), true);
+        plan.dirty(range(5 * CHUNK, 5 * CHUNK + 1));
+        plan.zero(range(3 * CHUNK, 4 * CHUNK));
+        plan.again(&[0..2, 3..5, 7..100]);
+        assert_eq!(plan.dirty_bytes(), 1);
+        assert_eq!(
+            plan.finish(8),
+            [
+                step(1..2, Action::Read),
+                step(2..3, Action::Keep),
+                step(3..4, Action::Zero),
+                step(4..6, Action::Read),
+                step(6..7, Action::Keep),
+                step(7..8, Action::Read)
+            ]
         );
     }
 

@@ -26,6 +26,8 @@ pub(super) struct ReadDisk {
     /// The parent's map and disk size.
     pub(super) parent: Option<(MapRoot, u64)>,
     pub(super) contexts: Contexts,
+    /// Runs of chunks that are damaged in the parent, and read whatever the bitmap says.
+    pub(super) again: Vec<Range<u64>>,
 }
 
 /// What was read and stored, in bytes and chunks.
@@ -70,6 +72,7 @@ pub(super) async fn read_disk(
         geometry,
         parent,
         contexts,
+        again,
     } = task;
     let failed = catalog.failed();
     let parent = parent.as_ref().map(|(root, bytes)| (root, *bytes));
@@ -98,6 +101,7 @@ pub(super) async fn read_disk(
         contexts,
         geometry,
         inheritable,
+        again: &again,
         meter: &meters.walk,
     };
     let jobs = walk

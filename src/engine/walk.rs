@@ -1,5 +1,6 @@
 //! Walks the extents of an export, window by window, and turns them into steps.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use futures::stream::{self, BoxStream};
@@ -36,6 +37,8 @@ pub(crate) struct Walk<'a> {
     pub(crate) geometry: Geometry,
     /// The chunks that the parent has, from the disk's start.
     pub(crate) inheritable: u64,
+    /// Runs of chunks that the parent has lost, and that are read whatever the bitmap says.
+    pub(crate) again: &'a [Range<u64>],
     /// Where the time that the server takes is counted.
     pub(crate) meter: &'a Meter,
 }
@@ -128,6 +131,7 @@ impl<'a> Walk<'a> {
         }
         let window = ByteRange::new(at, end).unwrap_or(ByteRange::first(end));
         let mut plan = WindowPlan::new(self.geometry, window, true);
+        plan.again(self.again);
         found.into_iter().for_each(|range| plan.dirty(range));
         if let Some(allocation) = self.contexts.allocation {
             let mut zeros = stream::iter(spans)
@@ -186,6 +190,7 @@ impl<'a> Walk<'a> {
     async fn window(self, window: ByteRange) -> Result<Walked, EngineError> {
         let Contexts { dirty, allocation } = self.contexts;
         let mut plan = WindowPlan::new(self.geometry, window, dirty.is_some());
+        plan.again(self.again);
         let start = |context: Option<usize>| match context {
             Some(_) => window.start(),
             None => window.end(),

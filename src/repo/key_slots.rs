@@ -292,6 +292,25 @@ fn load(storage: &dyn Storage) -> Result<Found, RepoError> {
     Ok(found)
 }
 
+/// Returns the copies of slots that are damaged or missing.
+pub(crate) fn damaged_slots(storage: &dyn Storage) -> Result<Vec<(String, RepoError)>, RepoError> {
+    let found = load(storage)?;
+    let mut damaged = Vec::new();
+    for number in found.numbers.difference(&found.marked) {
+        for file in [slot_file(*number, ""), slot_file(*number, BAK)] {
+            let read = storage.read(&file, MAX_SMALL_FILE).map_err(RepoError::from);
+            let decoded =
+                read.and_then(|bytes| KeySlot::decode(&bytes).map_err(|e| e.in_file(&file)));
+            match decoded {
+                Ok(_) => {}
+                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error) => damaged.push((file, error)),
+            }
+        }
+    }
+    Ok(damaged)
+}
+
 fn lock_for(secret: &Secret, cost: PasswordCost) -> SlotLock {
     match secret.kind() {
         SecretKind::Password => SlotLock::Password(cost),

@@ -63,7 +63,7 @@ impl Repository {
     }
 }
 
-fn add_all(entries: &mut Vec<SegmentEntry>, pack: u32, footer: &Footer) {
+pub(super) fn add_all(entries: &mut Vec<SegmentEntry>, pack: u32, footer: &Footer) {
     entries.extend(footer.entries.iter().map(|record| SegmentEntry {
         prefix: prefix_of(&record.id),
         pack,
@@ -74,4 +74,4 @@ fn add_all(entries: &mut Vec<SegmentEntry>, pack: u32, footer: &Footer) {
 }
 
 /// How many entries are gathered into one segment.
-const SEGMENT_ENTRIES: usize = 4 * MAX_RECORDS;
+pub(super) const SEGMENT_ENTRIES: usize = 4 * MAX_RECORDS;

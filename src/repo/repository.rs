@@ -15,7 +15,7 @@ use super::format::key_slot::{ClearKey, Master};
 use super::format::snapshot::file_name;
 use super::ids::{RepoUuid, SnapshotId};
 use super::index::Index;
-use super::key_slots::{Unlocked, first_slot, is_first_slot, unlock};
+use super::key_slots::{Unlocked, damaged_slots, first_slot, is_first_slot, unlock};
 use super::keys::Keys;
 use super::map::{MapReader, Nodes};
 use super::secret::{PasswordCost, Secret};
@@ -179,6 +179,26 @@ impl Repository {
         let mut all = self.damaged.clone();
         all.extend(self.index.damaged());
         all
+    }
+
+    /// Reads all copies of the configuration and of key slots; returns those that are damaged or missing.
+    pub(super) fn copies_damaged(&self) -> Result<Vec<(String, RepoError)>, RepoError> {
+        let mut damaged = damaged_slots(&*self.storage)?;
+        for file in CONFIG_FILES {
+            let read = self
+                .storage
+                .read(file, MAX_SMALL_FILE)
+                .map_err(RepoError::from);
+            let decoded = read.and_then(|bytes| {
+                Config::decode(&bytes, self.keys.mac()).map_err(|e| e.in_file(file))
+            });
+            match decoded {
+                Ok(_) => {}
+                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error) => damaged.push((file.to_owned(), error)),
+            }
+        }
+        Ok(damaged)
     }
 
     /// Reads all snapshots that are not forgotten; one that cannot be read does not hide the others.
@@ -354,4 +374,4 @@ fn first_good<T>(
 }
 
 /// The two copies of the configuration.
-const CONFIG_FILES: [&str; 2] = ["config", "config.bak"];
+pub(super) const CONFIG_FILES: [&str; 2] = ["config", "config.bak"];

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::bad::BadRecords;
 use super::chunk::{ChunkEntry, Place, RecordFlags, is_zero};
 use super::cipher::Encryption;
 use super::compress::{Compression, compress};
@@ -89,7 +90,7 @@ impl Session {
         let id = SnapshotId::random()?;
         let presence = Presence::announce(&repo, id, options.parents.clone())?;
         let begun = Self::begin_announced(&repo, id, options);
-        let (packs, parent_roots) = match begun {
+        let (packs, parent_roots, bad) = match begun {
             Ok(begun) => begun,
             Err(error) => {
                 presence.withdraw(&repo);
@@ -104,6 +105,7 @@ impl Session {
             packs,
             presence,
             parent_roots,
+            bad,
             packs_there: Mutex::default(),
             roots: Mutex::default(),
             spilling: Mutex::default(),
@@ -119,7 +121,7 @@ impl Session {
         repo: &Arc<Repository>,
         id: SnapshotId,
         options: &SessionOptions,
-    ) -> Result<(Packs, HashSet<Root>), RepoError> {
+    ) -> Result<(Packs, HashSet<Root>, BadRecords), RepoError> {
         let mut roots = HashSet::new();
         for parent in &options.parents {
             let snapshot = repo.snapshot(parent).map_err(|e| match e {
@@ -129,6 +131,7 @@ impl Session {
             roots.extend(snapshot.draft.disks.iter().filter_map(|d| root_of(&d.root)));
         }
         repo.index().refresh()?;
+        let bad = BadRecords::load(repo)?;
         let packs = Packs::new(
             Arc::clone(repo.storage()),
             repo.uuid(),
@@ -136,7 +139,7 @@ impl Session {
             id,
             options.pack_bytes,
         )?;
-        Ok((packs, roots))
+        Ok((packs, roots, bad))
     }
 
     /// The identifier that the snapshot will have.
@@ -197,6 +200,8 @@ pub(crate) struct SessionCore {
     presence: Presence,
     /// The maps of the parents.
     parent_roots: HashSet<Root>,
+    /// What a check found damaged: nothing may refer to it.
+    bad: BadRecords,
     /// How many records are remembered before they go to the index.
     remembered: usize,
     /// The lengths of packs that the index named; `None` for those that are not there.
@@ -230,6 +235,11 @@ impl SessionCore {
                 self.append(kind, id.as_bytes(), body, RecordFlags::RAW)
             }
         }
+    }
+
+    /// Whether a check found the record at a place damaged.
+    pub(crate) fn is_bad(&self, kind: PackKind, place: &Place) -> bool {
+        self.bad.holds(kind, place)
     }
 
     /// Remembers a root whose nodes this session made durable or found durable.
@@ -394,6 +404,7 @@ impl SessionCore {
         let usable = |found: &(PackKind, Place)| -> Result<bool, RepoError> {
             Ok(found.0 == kind
                 && !self.presence.is_condemned(&(kind, found.1.pack))
+                && !self.is_bad(kind, &found.1)
                 && self.is_there(kind, &found.1)?)
         };
         let index = self.repo.index();

@@ -34,8 +34,19 @@ pub struct SnapshotDraft {
     pub tool: String,
     /// Whether all that was asked for is in it.
     pub complete: bool,
+    /// What it is a copy of, where it was copied from another repository.
+    pub origin: Option<Origin>,
     /// The disks.
     pub disks: Vec<DiskRecord>,
+}
+
+/// The snapshot that another one is a copy of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Origin {
+    /// The repository in which it was made.
+    pub repo: RepoUuid,
+    /// The snapshot there.
+    pub snapshot: SnapshotId,
 }
 
 /// One disk of a snapshot.

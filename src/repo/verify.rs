@@ -8,6 +8,7 @@ use super::format::pack::{FooterEntry, PackKind};
 use super::format::short_sum;
 use super::record::{self, Decoded, Expected};
 use super::repository::Repository;
+use super::storage::Storage;
 
 /// Buffers for records, to be used again and again.
 #[derive(Debug, Default)]
@@ -21,6 +22,17 @@ pub(crate) struct RecordBuffers {
 /// Reads a record and proves all that can be proved of it.
 pub(crate) fn read_verified(
     repo: &Repository,
+    name: &PackName,
+    entry: &FooterEntry,
+    buffers: &mut RecordBuffers,
+) -> Result<(), RepoError> {
+    read_verified_in(repo, &**repo.storage(), name, entry, buffers)
+}
+
+/// The same with a pack that lies elsewhere.
+pub(crate) fn read_verified_in(
+    repo: &Repository,
+    storage: &dyn Storage,
     (kind, pack): &PackName,
     entry: &FooterEntry,
     buffers: &mut RecordBuffers,
@@ -31,7 +43,7 @@ pub(crate) fn read_verified(
         len: entry.len,
         flags: entry.flags,
     };
-    record::read_stored(&**repo.storage(), *kind, &place, &mut buffers.stored)?;
+    record::read_stored(storage, *kind, &place, &mut buffers.stored)?;
     verify(repo, *kind, &place, entry, buffers)
         .map_err(|what| RepoError::corrupt(kind.file_name(pack), entry.offset.into(), what))
 }

@@ -3,6 +3,7 @@
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::Serialize;
 
+use super::check::{CheckResult, CopyResult, RepairResult};
 use super::{Failure, Outcome};
 use crate::engine::{
     BackupKind, BackupOutcome, ByteRange, ContextMap, DiffOutcome, DiskBackup, DiskRecord,
@@ -157,6 +158,9 @@ enum Detail {
     Forget(Box<ForgetResult>),
     Prune(Box<PruneResult>),
     Key(KeyResult),
+    Check(Box<CheckResult>),
+    Repair(Box<RepairResult>),
+    Copy(CopyResult),
 }
 
 impl From<&Outcome> for ResultLine {
@@ -178,10 +182,17 @@ impl From<&Outcome> for ResultLine {
             Outcome::Forget(o) => ("forget", Detail::Forget(Box::new(o.into()))),
             Outcome::Prune(o) => ("prune", Detail::Prune(Box::new(o.into()))),
             Outcome::Key(o) => ("key", Detail::Key(o.into())),
+            Outcome::Check(o) => ("check", Detail::Check(Box::new(o.into()))),
+            Outcome::Repair(o) => ("repair", Detail::Repair(Box::new(o.into()))),
+            Outcome::Copy(o) => ("copy", Detail::Copy(o.into())),
         };
         Self {
             command,
-            status: "ok",
+            status: if outcome.is_damaged() {
+                "damaged"
+            } else {
+                "ok"
+            },
             detail,
         }
     }
@@ -263,6 +274,7 @@ struct DiskBackupResult {
     dirty_bytes: Option<u64>,
     read_bytes: u64,
     zero_bytes: u64,
+    reread_bytes: u64,
     chunks_total: u64,
     chunks_new: u64,
     new_bytes: u64,
@@ -281,6 +293,7 @@ impl From<&DiskBackup> for DiskBackupResult {
             dirty_bytes: d.dirty_bytes,
             read_bytes: d.read_bytes,
             zero_bytes: d.zero_bytes,
+            reread_bytes: d.reread_bytes,
             chunks_total: d.chunks_total,
             chunks_new: d.chunks_new,
             new_bytes: d.new_bytes,
@@ -360,6 +373,7 @@ struct SnapshotResult {
     started: String,
     finished: String,
     tool: String,
+    origin: Option<OriginResult>,
     disks: Vec<DiskRecordResult>,
 }
 
@@ -372,9 +386,19 @@ impl From<&Snapshot> for SnapshotResult {
             started: unix_time(s.draft.started_unix_nanos),
             finished: unix_time(s.draft.finished_unix_nanos),
             tool: s.draft.tool.clone(),
+            origin: s.draft.origin.map(|o| OriginResult {
+                repository: o.repo.to_string(),
+                snapshot: o.snapshot.to_string(),
+            }),
             disks: s.draft.disks.iter().map(Into::into).collect(),
         }
     }
+}
+
+#[derive(Serialize)]
+struct OriginResult {
+    repository: String,
+    snapshot: String,
 }
 
 #[derive(Serialize)]

@@ -1,5 +1,6 @@
 //! What people and programs see: text, progress, JSON and exit codes.
 
+mod check;
 mod exit;
 mod json;
 mod progress;
@@ -12,8 +13,9 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use crate::engine::{
-    BackupOutcome, DiffOutcome, Event, ForgetOutcome, InfoOutcome, InitOutcome, KeyOutcome,
-    Observer, PruneOutcome, RestoreOutcome, ServeOutcome, Snapshot, SnapshotsOutcome, Warning,
+    BackupOutcome, CheckOutcome, CopyOutcome, DiffOutcome, Event, ForgetOutcome, InfoOutcome,
+    InitOutcome, KeyOutcome, Observer, PruneOutcome, RepairOutcome, RestoreOutcome, ServeOutcome,
+    Snapshot, SnapshotsOutcome, Warning,
 };
 use progress::{Bar, Pace};
 
@@ -42,6 +44,39 @@ pub enum Outcome {
     Prune(PruneOutcome),
     /// Keys were listed or changed.
     Key(KeyOutcome),
+    /// The repository was checked.
+    Check(CheckOutcome),
+    /// Files were fetched from a copy of the repository.
+    Repair(RepairOutcome),
+    /// Snapshots were copied to another repository.
+    Copy(CopyOutcome),
+}
+
+impl Outcome {
+    /// Whether what was done shows that the repository is damaged.
+    fn is_damaged(&self) -> bool {
+        match self {
+            Self::Check(o) => !o.checked.is_whole(),
+            Self::Repair(o) => !o.checked.is_whole(),
+            Self::Copy(o) => !o.failed.is_empty(),
+            Self::Init(_)
+            | Self::Backup(_)
+            | Self::Restore(_)
+            | Self::Serve(_)
+            | Self::Snapshots(_)
+            | Self::Show(_)
+            | Self::Info(_)
+            | Self::Diff(_)
+            | Self::Forget(_)
+            | Self::Prune(_)
+            | Self::Key(_) => false,
+        }
+    }
+
+    /// The process's exit code.
+    pub fn exit_code(&self) -> u8 {
+        if self.is_damaged() { 13 } else { 0 }
+    }
 }
 
 /// How a run reports.

@@ -6,6 +6,7 @@ use chrono::DateTime;
 use indicatif::HumanBytes;
 
 use super::Outcome;
+use super::check;
 use super::json::kind;
 use crate::engine::{
     BackupOutcome, DiffOutcome, ForgetOutcome, InfoOutcome, KeyOutcome, Progress, PruneOutcome,
@@ -51,6 +52,9 @@ pub(super) fn outcome(out: &mut String, outcome: &Outcome) {
         Outcome::Forget(o) => forget(out, o),
         Outcome::Prune(o) => prune(out, o),
         Outcome::Key(o) => keys(out, o),
+        Outcome::Check(o) => check::check(out, o),
+        Outcome::Repair(o) => check::repair(out, o),
+        Outcome::Copy(o) => check::copy(out, o),
     };
 }
 
@@ -174,6 +178,10 @@ fn show(out: &mut String, s: &Snapshot) -> std::fmt::Result {
         "finished {}",
         DateTime::from_timestamp_nanos(s.draft.finished_unix_nanos).format("%Y-%m-%d %H:%M:%S UTC")
     )?;
+    if let Some(origin) = &s.draft.origin {
+        let (snapshot, repo) = (origin.snapshot, origin.repo);
+        writeln!(out, "copy of  {snapshot} of repository {repo}")?;
+    }
     if !s.draft.tags.is_empty() {
         writeln!(out, "tags     {}", printable(&s.draft.tags.join(", ")))?;
     }

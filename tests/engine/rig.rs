@@ -16,6 +16,7 @@ use tempfile::TempDir;
 pub(crate) struct Rig {
     pub(crate) disk: Arc<MemoryDisk>,
     pub(crate) catalog: Catalog,
+    pub(crate) storage: MemoryStorage,
     folder: TempDir,
 }
 
@@ -39,10 +40,12 @@ impl Rig {
             chunk_size: ChunkSize::new(CHUNK as u32).unwrap(),
             ..InitOptions::default()
         };
-        let repository = Repository::init(Arc::new(MemoryStorage::new()), &options).unwrap();
+        let storage = MemoryStorage::new();
+        let repository = Repository::init(Arc::new(storage.clone()), &options).unwrap();
         Self {
             disk: Arc::new(MemoryDisk::new(size as u64)),
             catalog: Catalog::over(repository, "memory"),
+            storage,
             folder: tempfile::tempdir().unwrap(),
         }
     }
@@ -129,6 +132,12 @@ impl Rig {
         drop(stop);
         serving.await.unwrap();
         outcome
+    }
+
+    /// Opens the repository anew, as another process would.
+    pub(crate) fn reopen(&mut self) {
+        let repository = Repository::open(Arc::new(self.storage.clone())).unwrap();
+        self.catalog = Catalog::over(repository, "memory");
     }
 
     /// Restores a snapshot to a file and returns its bytes.

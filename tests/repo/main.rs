@@ -1,5 +1,6 @@
 //! The repository as a whole: round trips, maps against a model, damage, crashes, concurrency and scale.
 
+mod check;
 mod crash;
 mod damage;
 #[path = "../support/fuzz.rs"]
@@ -7,6 +8,7 @@ mod drive;
 mod encryption;
 mod format_doc;
 mod fuzz;
+mod golden;
 mod growth;
 mod interleave;
 mod map_model;

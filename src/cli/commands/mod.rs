@@ -1,6 +1,8 @@
 //! One file for each command; here each is picked, and ended by signals.
 
 mod backup;
+mod check;
+mod copy;
 mod diff;
 mod forget;
 mod info;
@@ -43,6 +45,9 @@ pub(super) async fn run(
         Command::Diff(args) => until(ended, diff::run(global, &args)).await,
         Command::Forget(args) => until(ended, forget::run(global, args)).await,
         Command::Prune(args) => until(ended, prune::run(global, &args)).await,
+        Command::Check(args) => until(ended, check::run(global, &args, reporter)).await,
+        Command::Repair(args) => until(ended, check::repair(global, args, reporter)).await,
+        Command::Copy(args) => until(ended, copy::run(global, args, reporter)).await,
         Command::Key(args) => until(ended, key::run(global, args)).await,
     }
 }

@@ -53,8 +53,13 @@ impl Config {
 
     /// Reads the fields of a file whose MAC fits.
     pub(crate) fn decode(file: &[u8], mac_key: &[u8; 32]) -> Result<Self, DecodeError> {
+        envelope::unwrap(file, FileKind::Config, true)?.check_mac(mac_key)?;
+        Self::decode_keyless(file)
+    }
+
+    /// Reads the fields of a file that anybody may have written.
+    pub(crate) fn decode_keyless(file: &[u8]) -> Result<Self, DecodeError> {
         let opened = envelope::unwrap(file, FileKind::Config, true)?;
-        opened.check_mac(mac_key)?;
         let (mut features, mut uuid, mut chunk, mut compression) = (None, None, None, None);
         let (mut hash, mut cipher) = (None, None);
         for tlv in read_tlvs(opened.payload, PAYLOAD_AT) {

@@ -18,6 +18,7 @@ pub(crate) mod envelope;
 pub(crate) mod filter;
 pub mod fuzz;
 pub(crate) mod generation;
+pub(crate) mod health;
 pub(crate) mod key_slot;
 pub(crate) mod node;
 pub(crate) mod pack;
@@ -53,6 +54,8 @@ pub(crate) enum FileKind {
     Done,
     Fence,
     Forgotten,
+    Bad,
+    Verified,
 }
 
 impl FileKind {
@@ -70,6 +73,8 @@ impl FileKind {
             Self::Done => 10,
             Self::Fence => 11,
             Self::Forgotten => 12,
+            Self::Bad => 13,
+            Self::Verified => 14,
         }
     }
 }

@@ -55,6 +55,11 @@ impl Node {
         self.level
     }
 
+    /// The children that are there, in order.
+    pub(crate) fn children(&self) -> &[Child] {
+        &self.children
+    }
+
     /// Returns the child `slot`, counted from 0; `None` for a hole.
     pub(crate) fn child(&self, slot: usize) -> Option<&Child> {
         let bit = bits().nth(slot)?;

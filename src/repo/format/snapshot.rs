@@ -12,8 +12,8 @@ use crate::repo::error::RepoError;
 use crate::repo::ids::{NodeId, PackId, RepoUuid, SnapshotId};
 use crate::repo::keys::Keys;
 use crate::repo::snapshot::{
-    BackupKind, DiskRecord, DiskStats, MapRoot, NodeRef, Snapshot, SnapshotDraft, WrittenPack,
-    level_for,
+    BackupKind, DiskRecord, DiskStats, MapRoot, NodeRef, Origin, Snapshot, SnapshotDraft,
+    WrittenPack, level_for,
 };
 
 /// The name of a snapshot's file.
@@ -51,6 +51,10 @@ impl Snapshot {
         tlv.put(TAG_FINISHED, &draft.finished_unix_nanos.to_le_bytes())?;
         tlv.put(TAG_TOOL, draft.tool.as_bytes())?;
         tlv.put(TAG_COMPLETE, &[u8::from(draft.complete)])?;
+        if let Some(origin) = &draft.origin {
+            let bytes = [&origin.repo.as_bytes()[..], origin.snapshot.as_bytes()].concat();
+            tlv.put(TAG_ORIGIN, &bytes)?;
+        }
         for pack in &self.packs {
             tlv.put(TAG_PACK, &encode_pack(pack))?;
         }
@@ -114,7 +118,7 @@ fn read_fields(
     chunk_size: ChunkSize,
 ) -> Result<(SnapshotDraft, Vec<WrittenPack>), DecodeError> {
     let (mut name, mut started, mut finished) = (None, None, None);
-    let (mut tool, mut complete) = (None, None);
+    let (mut tool, mut complete, mut origin) = (None, None, None);
     let (mut tags, mut packs, mut disks) = (Vec::new(), Vec::new(), Vec::new());
     for tlv in read_tlvs(bytes, at) {
         let tlv = tlv?;
@@ -125,6 +129,7 @@ fn read_fields(
             TAG_FINISHED => once(&mut finished, nanos(&tlv)?, &tlv)?,
             TAG_TOOL => once(&mut tool, tlv.text("tool")?, &tlv)?,
             TAG_COMPLETE => once(&mut complete, flag(&tlv)?, &tlv)?,
+            TAG_ORIGIN => once(&mut origin, tlv.whole("origin", decode_origin)?, &tlv)?,
             TAG_PACK => packs.push(tlv.whole("pack", decode_pack)?),
             TAG_DISK => disks.push(decode_disk(&tlv, chunk_size)?),
             _ => {}
@@ -137,6 +142,7 @@ fn read_fields(
         finished_unix_nanos: required(finished, at, "end")?,
         tool: required(tool, at, "tool")?,
         complete: required(complete, at, "flag of completeness")?,
+        origin,
         disks,
     };
     Ok((draft, packs))
@@ -144,6 +150,13 @@ fn read_fields(
 
 fn sealed_for(id: &SnapshotId) -> Vec<u8> {
     [&b"snapshot"[..], id.as_bytes()].concat()
+}
+
+fn decode_origin(cursor: &mut Cursor<'_>) -> Result<Origin, DecodeError> {
+    Ok(Origin {
+        repo: RepoUuid::from_bytes(cursor.array("repository uuid")?),
+        snapshot: SnapshotId::from_bytes(cursor.array("snapshot id")?),
+    })
 }
 
 fn encode_pack(pack: &WrittenPack) -> Vec<u8> {
@@ -328,6 +341,7 @@ fn flag(tlv: &Tlv<'_>) -> Result<bool, DecodeError> {
 
 const TAG_FEATURES: u16 = 1;
 const TAG_ID: u16 = 2;
+const TAG_ORIGIN: u16 = 13;
 const TAG_REPO: u16 = 3;
 const TAG_NAME: u16 = 4;
 const TAG_TAG: u16 = 5;
@@ -405,6 +419,10 @@ mod tests {
                 finished_unix_nanos: i64::MAX,
                 tool: "nbdbackup 0.1.0".into(),
                 complete: true,
+                origin: Some(Origin {
+                    repo: RepoUuid::from_bytes([8; 16]),
+                    snapshot: SnapshotId::from_bytes([9; 16]),
+                }),
                 disks: vec![disk],
             },
             packs: vec![WrittenPack {

@@ -18,6 +18,7 @@ use super::ids::{PackId, SegmentId};
 use super::storage::{Storage, StorageError};
 pub(crate) use merge::Merged;
 use segment::{Pages, Segment};
+use write::SegmentWriter;
 
 /// The index of an opened repository, shared by all of its sessions and readers.
 #[derive(Debug)]
@@ -212,6 +213,24 @@ impl Index {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Writes all of another index as one segment that takes the place of the named ones, readable or not.
+    pub(crate) fn rewrite(
+        &self,
+        from: &mut Merged<'_>,
+        names: Vec<(u8, SegmentId)>,
+    ) -> Result<(), RepoError> {
+        let level = names.iter().map(|(level, _)| *level).max().unwrap_or(0);
+        let mut writer = SegmentWriter::create(&*self.storage, level.max(1))?;
+        while let Some(entry) = from.next()? {
+            writer.push(entry)?;
+        }
+        writer.finish(from.packs().to_vec(), names)?;
+        self.storage.barrier()?;
+        self.remove_superseded()?;
+        // What was read of the old ones is of no use any more.
+        self.refresh()
     }
 
     /// Removes the segments that others have taken the place of; returns how many.

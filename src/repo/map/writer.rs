@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::super::chunk::{ChunkEntry, ChunkSize};
 use super::super::error::RepoError;
 use super::super::format::node::{Child, FAN_OUT, FAN_OUT_LOG2, Node};
+use super::super::format::pack::PackKind;
 use super::super::session::SessionCore;
 use super::super::snapshot::{MapRoot, NodeRef, level_for, span_of};
 use super::nodes::Nodes;
@@ -236,7 +237,12 @@ impl MapWriter {
         // costs no more than a node that is stored again.
         let kept = match &mut self.parent {
             Some(parent) => match parent.walker.child_at(last, level + 1) {
-                Ok(Found::Child(child)) if child.id == *id.as_bytes() => Some(child),
+                Ok(Found::Child(child))
+                    if child.id == *id.as_bytes()
+                        && !self.session.is_bad(PackKind::Meta, &child.place) =>
+                {
+                    Some(child)
+                }
                 _ => None,
             },
             None => None,

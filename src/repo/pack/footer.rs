@@ -8,6 +8,10 @@ use super::super::storage::Storage;
 /// What a pack holds.
 #[derive(Debug)]
 pub(crate) struct Footer {
+    /// The length of the whole file.
+    pub(crate) len: u64,
+    /// The hash of header and footer.
+    pub(crate) hash: [u8; 32],
     pub(crate) entries: Vec<FooterEntry>,
 }
 
@@ -44,5 +48,9 @@ pub(crate) fn read_footer(
         ));
     }
     let entries = decode_footer(&footer, footer_at).map_err(|e| e.in_file(&file))?;
-    Ok(Footer { entries })
+    Ok(Footer {
+        len,
+        hash: trailer.hash,
+        entries,
+    })
 }

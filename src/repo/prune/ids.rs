@@ -8,7 +8,7 @@ use crate::repo::format::segment::Prefix;
 
 /// Takes identifiers in any order.
 #[derive(Debug)]
-pub(super) struct IdSorter {
+pub(crate) struct IdSorter {
     run: Vec<Prefix>,
     /// How many are held in memory.
     most: usize,
@@ -16,7 +16,7 @@ pub(super) struct IdSorter {
 }
 
 impl IdSorter {
-    pub(super) fn new(most: usize) -> Self {
+    pub(crate) fn new(most: usize) -> Self {
         Self {
             run: Vec::new(),
             most: most.max(1),
@@ -24,7 +24,7 @@ impl IdSorter {
         }
     }
 
-    pub(super) fn push(&mut self, id: Prefix) -> Result<(), RepoError> {
+    pub(crate) fn push(&mut self, id: Prefix) -> Result<(), RepoError> {
         self.run.push(id);
         match self.run.len() >= self.most {
             true => self.shrink(),
@@ -32,7 +32,7 @@ impl IdSorter {
         }
     }
 
-    pub(super) fn finish(mut self) -> SortedIds {
+    pub(crate) fn finish(mut self) -> SortedIds {
         self.sort();
         SortedIds {
             run: self.run,
@@ -60,14 +60,14 @@ impl IdSorter {
 
 /// Identifiers in order, each once; can be gone through again and again.
 #[derive(Debug)]
-pub(super) struct SortedIds {
+pub(crate) struct SortedIds {
     run: Vec<Prefix>,
     runs: Vec<File>,
 }
 
 impl SortedIds {
     /// Goes through all from the start.
-    pub(super) fn iter(&mut self) -> Result<Ids<'_>, RepoError> {
+    pub(crate) fn iter(&mut self) -> Result<Ids<'_>, RepoError> {
         let mut heads = Vec::with_capacity(self.runs.len() + 1);
         for file in &mut self.runs {
             file.seek(SeekFrom::Start(0)).map_err(failed)?;
@@ -79,12 +79,12 @@ impl SortedIds {
 }
 
 /// Goes through identifiers in order.
-pub(super) struct Ids<'a> {
+pub(crate) struct Ids<'a> {
     runs: Vec<Run<'a>>,
 }
 
 impl Ids<'_> {
-    pub(super) fn next(&mut self) -> Result<Option<Prefix>, RepoError> {
+    pub(crate) fn next(&mut self) -> Result<Option<Prefix>, RepoError> {
         let Some(next) = self.runs.iter().filter_map(|r| r.head).min() else {
             return Ok(None);
         };

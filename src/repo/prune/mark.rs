@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::ids::{IdSorter, SortedIds};
+use crate::repo::bad::BadRecords;
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::PackName;
@@ -148,16 +149,30 @@ pub(super) fn join(
     each: &mut dyn FnMut(&[Copied]),
 ) -> Result<Missing, RepoError> {
     let mut index = Entries::open(repo)?;
+    let bad = BadRecords::load(repo)?;
     let mut needed = needed.iter()?;
     let mut missing = Missing::default();
-    let mut places = Vec::new();
+    let (mut places, mut damaged) = (Vec::new(), Vec::new());
     while let Some(id) = needed.next()? {
         places.clear();
+        damaged.clear();
         index.places_of(id, &mut |name, place| {
             if usable(&name, &place) {
-                places.push((name, place));
+                match bad.holds(name.0, &place) {
+                    true => damaged.push((name, place)),
+                    false => places.push((name, place)),
+                }
             }
         })?;
+        // A damaged copy stays as long as there is no other: some of it may be had back.
+        if places.is_empty() {
+            std::mem::swap(&mut places, &mut damaged);
+        }
+        // What a check has called lost stops nothing, but calls for care.
+        if places.is_empty() && bad.names(id) {
+            missing.lost += 1;
+            continue;
+        }
         if places.is_empty() {
             missing.count += 1;
             missing.example.get_or_insert(id);
@@ -172,18 +187,39 @@ pub(super) fn join(
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Missing {
     count: u64,
+    /// How many more there are that a check has called lost.
+    lost: u64,
     example: Option<Prefix>,
 }
 
 impl Missing {
-    /// Fails when there are any.
-    pub(super) fn check(&self) -> Result<(), RepoError> {
+    /// Fails when there are any that were not known to be lost; returns whether a pack can be useless.
+    ///
+    /// What is lost may have been stored again, into a pack that a lost segment of the index named: where something is
+    /// lost, no pack goes that the index does not know. All records of a pack are in one segment.
+    pub(super) fn check(&self, repo: &Repository) -> Result<MayGo, RepoError> {
         match self.example {
-            None => Ok(()),
+            None if self.lost == 0 => Ok(MayGo::Any),
+            None => Ok(MayGo::Known(repo.index().packs())),
             Some(example) => Err(RepoError::RecordsMissing {
                 records: self.count,
                 example: format!("{example:032x}"),
             }),
+        }
+    }
+}
+
+/// The packs that may be removed, if nobody needs them.
+pub(super) enum MayGo {
+    Any,
+    Known(HashSet<PackName>),
+}
+
+impl MayGo {
+    pub(super) fn includes(&self, pack: &PackName) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Known(known) => known.contains(pack),
         }
     }
 }
@@ -258,7 +294,7 @@ impl Keepers {
                 *needed_bytes.entry(*name).or_default() += u64::from(place.len);
             }
         })?
-        .check()?;
+        .check(repo)?;
         Ok(Self { needed_bytes })
     }
 

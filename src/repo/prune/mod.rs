@@ -4,7 +4,7 @@
 //! done when what was decided about it is removed. Two names that are created once decide its course, so that any
 //! number of prunes may run at once, die and be late. `docs/format.md` gives the argument.
 
-mod ids;
+pub(super) mod ids;
 mod mark;
 mod plan;
 mod repack;
@@ -151,6 +151,7 @@ impl Repository {
     fn end_prune(&self, no_room: bool) -> Result<(), RepoError> {
         generations::tidy(&**self.storage())?;
         sweep::remove_idle_marks(self)?;
+        self.tidy_bad()?;
         if !no_room {
             sweep::tidy_index(self)?;
         }

@@ -51,16 +51,18 @@ impl Plan {
         let keepers = Keepers::count(repo, &mut needed, &usable)?;
         let len_of = |name: &PackName| packs.get(name).copied().unwrap_or(0);
         let mut holdings = Holdings::default();
-        join(repo, &mut needed, &usable, &mut |places| {
+        let may_go = join(repo, &mut needed, &usable, &mut |places| {
             if let Some((name, place)) = keepers.pick(places, &len_of) {
                 let kept = holdings.kept.entry(name).or_default();
                 kept.bytes += u64::from(place.len);
                 kept.records += 1;
             }
         })?
-        .check()?;
+        .check(repo)?;
+        let mut useless = useless(repo, &packs, &holdings, &open);
+        useless.retain(|name| may_go.includes(name));
         let mut plan = Self {
-            useless: useless(repo, &packs, &holdings, &open),
+            useless,
             repack: Vec::new(),
             moving: HashMap::new(),
             kept: holdings.kept,
@@ -84,7 +86,7 @@ impl Plan {
                     moving.entry(name).or_default().push(record);
                 }
             })?
-            .check()?;
+            .check(repo)?;
         }
         for records in plan.moving.values_mut() {
             records.sort_unstable();

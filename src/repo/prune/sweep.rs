@@ -62,14 +62,15 @@ fn decide(repo: &Repository, condemned: &Condemned) -> Result<Sweep, RepoError> 
     let doomed: HashSet<PackName> = condemned.packs.iter().copied().collect();
     let mut rescued: HashSet<PackName> = HashSet::new();
     let usable = |name: &PackName, place: &Place| is_whole(&packs, name, place);
-    join(repo, &mut needed, &usable, &mut |places| {
+    let may_go = join(repo, &mut needed, &usable, &mut |places| {
         let safe = |name: &PackName| !doomed.contains(name) || rescued.contains(name);
         if !places.iter().any(|(name, _)| safe(name)) {
             rescued.extend(places.iter().map(|(name, _)| *name).min());
         }
     })?
-    .check()?;
+    .check(repo)?;
     let packs = condemned.packs.iter().copied();
+    let packs = packs.filter(|name| may_go.includes(name));
     Ok(Sweep {
         packs: packs.filter(|name| !rescued.contains(name)).collect(),
         snapshots: snapshots.dropped,

@@ -1,0 +1,279 @@
+//! The packs: their footers, a second index made of these, and the records themselves.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use tempfile::TempDir;
+
+use super::Check;
+use crate::repo::chunk::Place;
+use crate::repo::error::RepoError;
+use crate::repo::format::generation::PackName;
+use crate::repo::format::pack::{FooterEntry, PackKind};
+use crate::repo::format::segment::{SegmentEntry, prefix_of};
+use crate::repo::index::Index;
+use crate::repo::pack::{Footer, read_footer};
+use crate::repo::rebuild::{SEGMENT_ENTRIES, add_all};
+use crate::repo::repository::Repository;
+use crate::repo::snapshot::Snapshot;
+use crate::repo::storage::LocalStorage;
+use crate::repo::verified::Journal;
+use crate::repo::verify::{RecordBuffers, read_verified};
+
+/// All packs that are whole as far as their footers tell.
+pub(super) struct Packs {
+    pub(super) whole: HashMap<PackName, Pack>,
+    /// Slots whose records were read now and are damaged.
+    pub(super) damaged: HashSet<(PackKind, crate::repo::ids::PackId, u32)>,
+    /// An index of all their records, in a folder of its own.
+    pub(super) index: Index,
+    _folder: TempDir,
+}
+
+/// What is known of a pack.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pack {
+    pub(super) len: u64,
+    pub(super) digest: Digest,
+}
+
+/// A hash of a set of index entries, whatever their order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Digest(u128, u64);
+
+impl Digest {
+    pub(super) fn add(&mut self, entry: &SegmentEntry) {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&entry.prefix.to_le_bytes());
+        hasher.update(&entry.offset.to_le_bytes());
+        hasher.update(&entry.len.to_le_bytes());
+        hasher.update(&[entry.flags]);
+        let mut half = [0; 16];
+        half.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        self.0 = self.0.wrapping_add(u128::from_le_bytes(half));
+        self.1 += 1;
+    }
+}
+
+impl Packs {
+    /// Reads all footers.
+    pub(super) fn read(check: &mut Check<'_>, snapshots: &[Snapshot]) -> Result<Self, RepoError> {
+        let temporary = |e| RepoError::io("make a temporary folder", e);
+        let folder = tempfile::tempdir().map_err(temporary)?;
+        let storage = LocalStorage::create(folder.path())?;
+        let mut packs = Self {
+            whole: HashMap::new(),
+            damaged: HashSet::new(),
+            index: Index::new(Arc::new(storage)),
+            _folder: folder,
+        };
+        // What snapshots say of packs stands under their MAC.
+        let mut written: HashMap<PackName, [u8; 32]> = HashMap::new();
+        for pack in snapshots.iter().flat_map(|s| &s.packs) {
+            written.insert((pack.kind, pack.id), pack.footer_hash);
+        }
+        let mut entries: Vec<SegmentEntry> = Vec::new();
+        let mut table: Vec<PackName> = Vec::new();
+        for kind in [PackKind::Data, PackKind::Meta] {
+            for file in check.repo.storage().list(kind.folder())? {
+                let Some(pack) = kind.parse_file_name(&file.name) else {
+                    continue;
+                };
+                let name = (kind, pack);
+                let footer = read_footer(&**check.repo.storage(), check.repo.uuid(), kind, pack);
+                let footer = footer.and_then(|f| as_written(f, written.get(&name), &file.name));
+                match footer {
+                    Ok(footer) => {
+                        let number = table.len() as u32;
+                        table.push(name);
+                        add_all(&mut entries, number, &footer);
+                        packs.add(check, name, &footer);
+                    }
+                    // Removed since it was listed.
+                    Err(RepoError::Missing { .. }) => continue,
+                    Err(error @ RepoError::Io { .. }) => return Err(error),
+                    // Known, and no damage unless a snapshot needs it.
+                    Err(_) if check.bad.is_whole(&name) => {}
+                    Err(error) => {
+                        check.found.fault(&file.name, &error);
+                        check.marks.add_whole(name);
+                        check.marked_packs.insert(name);
+                    }
+                }
+                if entries.len() >= SEGMENT_ENTRIES {
+                    packs.index.add(std::mem::take(&mut entries), &table)?;
+                    table.clear();
+                }
+            }
+        }
+        if !entries.is_empty() {
+            packs.index.add(entries, &table)?;
+        }
+        Ok(packs)
+    }
+
+    fn add(&mut self, check: &mut Check<'_>, name: PackName, footer: &Footer) {
+        let mut digest = Digest::default();
+        for entry in &footer.entries {
+            digest.add(&SegmentEntry {
+                prefix: prefix_of(&entry.id),
+                pack: 0,
+                offset: entry.offset,
+                len: entry.len,
+                flags: entry.flags.0,
+            });
+        }
+        check.found.packs += 1;
+        check.found.pack_bytes += footer.len;
+        let pack = Pack {
+            len: footer.len,
+            digest,
+        };
+        self.whole.insert(name, pack);
+    }
+
+    /// Whether a record may be counted on.
+    pub(super) fn is_usable(&self, check: &Check<'_>, name: &PackName, place: &Place) -> bool {
+        self.whole.contains_key(name)
+            && !check.bad.holds(name.0, place)
+            && !self.damaged.contains(&(name.0, name.1, place.offset))
+    }
+}
+
+impl Check<'_> {
+    /// Reads the records of the packs whose turn it is, and proves each.
+    pub(super) fn read_records(
+        &mut self,
+        packs: &mut Packs,
+        percent: f64,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<(), RepoError> {
+        let journal = Journal::load(self.repo)?;
+        let lens = packs.whole.iter().map(|(name, pack)| (*name, pack.len));
+        let chosen = journal.choose(lens, percent);
+        let total: u64 = chosen.iter().map(|name| packs.whole[name].len).sum();
+        let reading = Reading {
+            repo: self.repo,
+            chosen: &chosen,
+            lens: packs,
+            next: AtomicUsize::new(0),
+            done: AtomicU64::new(0),
+            total,
+            progress,
+            found: Mutex::default(),
+        };
+        reading.all()?;
+        let (slots, whole) = reading.into_found();
+        self.found.read_packs = chosen.len() as u64;
+        self.found.read_bytes = total;
+        for (name, entry, error) in slots {
+            let place = Place {
+                pack: name.1,
+                offset: entry.offset,
+                len: entry.len,
+                flags: entry.flags,
+            };
+            // What is marked is known, and no damage unless a snapshot misses it.
+            if !self.bad.holds(name.0, &place) {
+                self.found.fault(name.0.file_name(&name.1), &error);
+                self.marked_packs.insert(name);
+                self.marks.add(name, entry.id, entry.offset);
+            }
+            packs.damaged.insert((name.0, name.1, entry.offset));
+        }
+        // Also those in which something was damaged were read: it is known now.
+        let is_there = |name: &PackName| packs.whole.contains_key(name);
+        match journal.add(self.repo, &whole, self.options.now_unix_nanos, is_there) {
+            Ok(()) => Ok(()),
+            // A repository that cannot be written to can still be checked.
+            Err(error) => {
+                tracing::warn!(%error, "what was read is not remembered");
+                Ok(())
+            }
+        }
+    }
+}
+
+fn as_written(footer: Footer, written: Option<&[u8; 32]>, file: &str) -> Result<Footer, RepoError> {
+    match written {
+        Some(hash) if *hash != footer.hash => Err(RepoError::corrupt(
+            file,
+            footer.len,
+            "the footer is not the one that its snapshot names",
+        )),
+        _ => Ok(footer),
+    }
+}
+
+type BadSlot = (PackName, FooterEntry, RepoError);
+
+/// Packs that are read by several threads.
+struct Reading<'a> {
+    repo: &'a Repository,
+    chosen: &'a [PackName],
+    lens: &'a Packs,
+    next: AtomicUsize,
+    done: AtomicU64,
+    total: u64,
+    progress: &'a (dyn Fn(u64, u64) + Sync),
+    found: Mutex<(Vec<BadSlot>, Vec<PackName>)>,
+}
+
+impl Reading<'_> {
+    fn all(&self) -> Result<(), RepoError> {
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(|| self.some())).collect();
+            threads.into_iter().try_for_each(|thread| {
+                let lost = || RepoError::misuse("a thread that reads packs panicked");
+                thread.join().unwrap_or_else(|_| Err(lost()))
+            })
+        })
+    }
+
+    fn some(&self) -> Result<(), RepoError> {
+        let mut buffers = RecordBuffers::default();
+        while let Some(name) = self.chosen.get(self.next.fetch_add(1, Relaxed)) {
+            self.one(name, &mut buffers)?;
+            let len = self.lens.whole.get(name).map_or(0, |pack| pack.len);
+            let done = self.done.fetch_add(len, Relaxed) + len;
+            (self.progress)(done, self.total);
+        }
+        Ok(())
+    }
+
+    fn one(&self, name: &PackName, buffers: &mut RecordBuffers) -> Result<(), RepoError> {
+        let storage = &**self.repo.storage();
+        let footer = match read_footer(storage, self.repo.uuid(), name.0, name.1) {
+            Ok(footer) => footer,
+            // A prune removed it meanwhile.
+            Err(RepoError::Missing { .. }) => return Ok(()),
+            Err(other) => return Err(other),
+        };
+        let mut damaged = Vec::new();
+        for entry in &footer.entries {
+            match read_verified(self.repo, name, entry, buffers) {
+                Ok(()) => {}
+                Err(RepoError::Missing { .. }) => return Ok(()),
+                // The disk says that it cannot read this: it is as lost as if it were wrong.
+                Err(error) => damaged.push((*name, *entry, error)),
+            }
+        }
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.0.extend(damaged);
+        found.1.push(*name);
+        Ok(())
+    }
+
+    fn into_found(self) -> (Vec<BadSlot>, Vec<PackName>) {
+        let (mut slots, whole) = self
+            .found
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        slots.sort_by_key(|(name, entry, _)| (*name, entry.offset));
+        (slots, whole)
+    }
+}

@@ -1,0 +1,131 @@
+//! Checking a repository without any key: what is stored against the checksums beside it.
+
+use super::check::{Checked, hash_of};
+use super::error::RepoError;
+use super::format::FileKind;
+use super::format::config::Config;
+use super::format::envelope::{self, MAX_SMALL_FILE};
+use super::format::pack::PackKind;
+use super::format::{segment, short_sum};
+use super::ids::RepoUuid;
+use super::pack::read_footer;
+use super::repository::CONFIG_FILES;
+use super::storage::Storage;
+
+/// Reads all files and compares them with their checksums; `progress` is told of bytes read, and of how many.
+///
+/// Who can write to the storage can make checksums fit: only a check with the key proves more than that nothing broke.
+pub fn scrub(storage: &dyn Storage, progress: &dyn Fn(u64, u64)) -> Result<Checked, RepoError> {
+    let mut found = Checked::default();
+    let uuid = config(storage, &mut found)?;
+    for file in storage.list("")? {
+        let name = &file.name;
+        let kinds: &[FileKind] = match name.split_once('/') {
+            Some(("snap", _)) => &[FileKind::Snapshot, FileKind::Fence],
+            Some(("forget", _)) => &[FileKind::Forgotten],
+            Some(("bad", _)) => &[FileKind::Bad],
+            Some(("verify", _)) => &[FileKind::Verified],
+            Some(("idx", _)) => {
+                if let Some((_, id)) = segment::parse_file_name(name) {
+                    match hash_of(storage, name) {
+                        Ok(hash) if hash == *id.as_bytes() => {}
+                        Ok(_) => found.file(name, "its hash is not its name"),
+                        Err(error) => found.fault(name, &error),
+                    }
+                }
+                continue;
+            }
+            _ => continue,
+        };
+        let bytes = match storage.read(name, MAX_SMALL_FILE) {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                found.fault(name, &error.into());
+                continue;
+            }
+        };
+        let mut read = kinds
+            .iter()
+            .map(|kind| envelope::unwrap(&bytes, *kind, true));
+        let whole = read.any(|opened| opened.is_ok());
+        if let Some(first) = kinds.first().filter(|_| !whole)
+            && let Err(error) = envelope::unwrap(&bytes, *first, true)
+        {
+            found.fault(name, &error.in_file(name));
+        }
+        found.snapshots += u64::from(whole && name.starts_with("snap/"));
+    }
+    packs(storage, uuid, &mut found, progress)?;
+    Ok(found)
+}
+
+fn config(storage: &dyn Storage, found: &mut Checked) -> Result<RepoUuid, RepoError> {
+    let mut uuid = None;
+    let mut first = None;
+    for file in CONFIG_FILES {
+        let read = storage
+            .read(file, MAX_SMALL_FILE)
+            .map_err(RepoError::from)
+            .and_then(|bytes| Config::decode_keyless(&bytes).map_err(|e| e.in_file(file)));
+        match read {
+            Ok(config) => uuid = uuid.or(Some(config.uuid)),
+            Err(error) => {
+                found.fault(file, &error);
+                first = first.or(Some(error));
+            }
+        }
+    }
+    match (uuid, first) {
+        (Some(uuid), _) => Ok(uuid),
+        (None, Some(error)) => Err(error),
+        (None, None) => Err(RepoError::NotARepository {
+            place: storage.place(),
+        }),
+    }
+}
+
+fn packs(
+    storage: &dyn Storage,
+    uuid: RepoUuid,
+    found: &mut Checked,
+    progress: &dyn Fn(u64, u64),
+) -> Result<(), RepoError> {
+    let mut packs = Vec::new();
+    for kind in [PackKind::Data, PackKind::Meta] {
+        for file in storage.list(kind.folder())? {
+            if let Some(pack) = kind.parse_file_name(&file.name) {
+                found.pack_bytes += file.len;
+                packs.push((kind, pack, file));
+            }
+        }
+    }
+    let mut buffer = Vec::new();
+    for (kind, pack, file) in packs {
+        let footer = match read_footer(storage, uuid, kind, pack) {
+            Ok(footer) => footer,
+            // Removed since it was listed.
+            Err(RepoError::Missing { .. }) => continue,
+            Err(error) => {
+                found.fault(&file.name, &error);
+                continue;
+            }
+        };
+        found.packs += 1;
+        for entry in &footer.entries {
+            buffer.resize(entry.len as usize, 0);
+            match storage.read_at(&file.name, entry.offset.into(), &mut buffer) {
+                Ok(()) if short_sum(&buffer) == entry.sum => {}
+                Ok(()) => {
+                    let what = "the record's checksum differs";
+                    let error = RepoError::corrupt(&file.name, entry.offset.into(), what);
+                    found.fault(&file.name, &error);
+                }
+                Err(error) => found.fault(&file.name, &error.into()),
+            }
+        }
+        found.read_packs += 1;
+        found.read_bytes += file.len;
+        progress(found.read_bytes, found.pack_bytes);
+    }
+    Ok(())
+}
