@@ -197,7 +197,7 @@ async fn reads_as_zeros(client: &Client, range: ByteRange) -> Result<bool, Clien
     let mut at = range.start();
     while at < range.end() {
         let rest = ByteRange::new(at, range.end()).unwrap_or(range);
-        let lists = client.block_status(rest).await?;
+        let lists = client.first_block_status(rest).await?;
         let Some(list) = lists.iter().find(|list| list.context == allocation) else {
             return Ok(false);
         };

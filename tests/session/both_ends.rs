@@ -162,6 +162,26 @@ async fn extents_of_each_context_cover_the_range() {
 }
 
 #[tokio::test]
+async fn first_extent_of_each_context_is_told_alone() {
+    let disk = Arc::new(Disk::new(30 * BLOCK));
+    let client = joined(&disk, &options()).await;
+    let range = r(100, 10 * BLOCK + 9);
+    let all = client.block_status(range).await.unwrap();
+    assert!(all.iter().all(|list| list.extents.len() > 1));
+    let first = client.first_block_status(range).await.unwrap();
+    for (first, all) in first.iter().zip(&all) {
+        let [one] = &first.extents[..] else {
+            panic!("{first:?}");
+        };
+        // Neighbours that are alike may have been told as one there.
+        assert_eq!(one.range.start(), range.start());
+        assert!(all.extents[0].range.contains(one.range));
+        assert_eq!(one.flags, all.extents[0].flags);
+    }
+    assert_eq!(first.len(), all.len());
+}
+
+#[tokio::test]
 async fn fault_of_the_disk_reaches_the_caller_and_the_connection_lives_on() {
     let mut disk = Disk::new(30 * BLOCK);
     disk.broken = Some(r(5 * BLOCK, 6 * BLOCK));

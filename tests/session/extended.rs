@@ -70,6 +70,19 @@ async fn client_asks_the_extents_of_the_whole_disk_at_once() {
 }
 
 #[tokio::test]
+async fn client_asks_for_the_first_extent_and_takes_no_more() {
+    let (client, mut far) = extended().await;
+    let told = extents(5, 2, &[(4096, 3), (4096, 0)]);
+    far.write_all(&chunk(true, 6, 0, &told)).await.unwrap();
+    let lists = in_time(client.first_block_status(ByteRange::first(TIB))).await;
+    let lists = lists.unwrap();
+    assert_eq!(lists[0].extents.len(), 1);
+    assert_eq!(lists[0].extents[0].range, ByteRange::first(4096));
+    // The third flag, NBD_CMD_FLAG_REQ_ONE.
+    assert_eq!(received(&mut far, 8).await, b"\x21\xe4\x1c\x71\0\x08\0\x07");
+}
+
+#[tokio::test]
 async fn client_asks_one_context_by_a_filter() {
     let (client, mut far) = extended().await;
     let told = extents(5, 1, &[(4096, 0)]);

@@ -169,6 +169,7 @@ impl Connection {
         &self,
         range: ByteRange,
         only: Option<(usize, u32)>,
+        flags: CommandFlags,
         permits: Permits,
     ) -> Result<Vec<Vec<Extent>>, ClientError> {
         let (send, reply) = oneshot::channel();
@@ -186,7 +187,7 @@ impl Connection {
             range,
             only: only.map(|(at, _)| at),
         };
-        self.start(asked, CommandFlags::NONE, filter, owner)?;
+        self.start(asked, flags, filter, owner)?;
         reply.await.unwrap_or_else(|_| Err(self.fault()))
     }
 

@@ -22,7 +22,7 @@ use super::session::{BlockSize, limits};
 use super::tls::TlsClient;
 use super::transport::Stream;
 use super::uri::NbdUri;
-use super::wire::{Dialect, TransmissionFlags};
+use super::wire::{CommandFlags, Dialect, TransmissionFlags};
 use crate::range::ByteRange;
 use connection::{Connection, Opened};
 use pool::{Pool, Redial};
@@ -209,7 +209,18 @@ impl Client {
     /// Each list starts at the range's start and ascends without a gap; it may end before the range does, each list at
     /// another place, but is never empty. Without a granted context there is nothing to ask for, which is an error.
     pub async fn block_status(&self, range: ByteRange) -> Result<Vec<ContextExtents>, ClientError> {
-        self.status(range, None).await
+        self.status(range, None, CommandFlags::NONE).await
+    }
+
+    /// Asks for the first extent of a range only, in each granted context (NBD_CMD_FLAG_REQ_ONE).
+    pub async fn first_block_status(
+        &self,
+        range: ByteRange,
+    ) -> Result<Vec<ContextExtents>, ClientError> {
+        let mut lists = self.status(range, None, CommandFlags::REQ_ONE).await?;
+        // Where a server tells more all the same, the rest is as true, but not what was asked for.
+        lists.iter_mut().for_each(|list| list.extents.truncate(1));
+        Ok(lists)
     }
 
     /// Asks for the extents of one context where the server can tell them alone, else of all.
@@ -220,7 +231,8 @@ impl Client {
     ) -> Result<Vec<ContextExtents>, ClientError> {
         let id = self.context_ids.get(context).copied();
         let only = id.filter(|_| self.export.asks_one_context());
-        self.status(range, only.map(|id| (context, id))).await
+        self.status(range, only.map(|id| (context, id)), CommandFlags::NONE)
+            .await
     }
 
     /// Waits for what is in flight, says goodbye and closes; an error if a connection had failed before.
@@ -232,6 +244,7 @@ impl Client {
         &self,
         range: ByteRange,
         only: Option<(usize, u32)>,
+        flags: CommandFlags,
     ) -> Result<Vec<ContextExtents>, ClientError> {
         self.check(range)?;
         if self.export.contexts.is_empty() || range.is_empty() {
@@ -248,10 +261,12 @@ impl Client {
         let lists = loop {
             let permits = self.permits(0).await;
             let fault = match self.pool.pick() {
-                Ok(connection) => match connection.block_status(asked, only, permits).await {
-                    Ok(lists) => break lists,
-                    Err(fault) => fault,
-                },
+                Ok(connection) => {
+                    match connection.block_status(asked, only, flags, permits).await {
+                        Ok(lists) => break lists,
+                        Err(fault) => fault,
+                    }
+                }
                 Err(fault) => fault,
             };
             losses += 1;
