@@ -108,6 +108,7 @@ async fn backup(
         connections: 2,
         retry_time: std::time::Duration::ZERO,
         compression: None,
+        verify_writes: true,
     };
     engine::backup(catalog, request, Arc::new(Silent), std::future::pending()).await
 }

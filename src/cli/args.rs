@@ -240,6 +240,10 @@ pub(crate) struct Backup {
     pub(crate) retry_time: f64,
     #[command(flatten)]
     pub(crate) compression: CompressionArg,
+    /// Does not decode again what was compressed or encrypted before it is written: a third less processor time for new
+    /// chunks, and a bit that flips in memory meanwhile is found only by the next check or restore.
+    #[arg(long)]
+    pub(crate) no_verify_writes: bool,
 }
 
 #[derive(Debug, Args)]

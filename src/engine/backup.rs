@@ -41,6 +41,8 @@ pub struct BackupRequest {
     pub retry_time: Duration,
     /// The compression, where it is not the repository's own.
     pub compression: Option<Compression>,
+    /// Whether what is stored is decoded again and checked before it is written.
+    pub verify_writes: bool,
 }
 
 /// One disk of a backup.
@@ -272,6 +274,7 @@ impl Run<'_> {
         let repository = Arc::clone(self.catalog.repository());
         let options = SessionOptions {
             compression: self.request.compression,
+            verify_writes: self.request.verify_writes,
             parents: disks
                 .iter()
                 .filter_map(|d| Some(d.parent.as_ref()?.0))

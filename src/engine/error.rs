@@ -188,6 +188,8 @@ pub enum RepoFault {
     KeySlot,
     /// Another process stands in the way.
     Busy,
+    /// What was to be stored changed in this machine's memory.
+    Memory,
     /// The repository was used wrongly: a fault of this program.
     Internal,
 }
@@ -216,6 +218,7 @@ impl EngineError {
             | RepoError::TooLate { .. }
             | RepoError::PruneBusy
             | RepoError::NoSuchSnapshot { .. } => RepoFault::Busy,
+            RepoError::Misread { .. } => RepoFault::Memory,
             RepoError::SecretNeeded => RepoFault::SecretNeeded,
             RepoError::WrongSecret { .. } => RepoFault::WrongSecret,
             RepoError::NotEncrypted => RepoFault::NotEncrypted,

@@ -45,6 +45,7 @@ impl SourceMeters {
             ("hash", &store.hash),
             ("lookup", &store.lookup),
             ("compress", &store.compress),
+            ("verify", &store.verify),
             ("pack", &store.pack),
             ("commit", &store.commit),
         ];

@@ -26,6 +26,14 @@ pub enum RepoError {
         /// The version or the feature that is not known.
         what: String,
     },
+    /// What was to be stored was not what it should be, twice; nothing of it was stored.
+    #[error(
+        "{what} was not what it should be when it was proved before being stored: memory or processor of this machine cannot be trusted"
+    )]
+    Misread {
+        /// The kind of thing, with its identifier.
+        what: String,
+    },
     /// A file is not there.
     #[error("{file} is missing from the repository")]
     Missing {

@@ -10,6 +10,8 @@ mod chunk;
 mod cipher;
 mod compress;
 mod error;
+#[cfg(test)]
+mod flip;
 mod forget;
 mod format;
 mod generations;

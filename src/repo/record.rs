@@ -83,17 +83,48 @@ pub(crate) fn decode(
         (Some(_), Some(_)) => return Err("the record is not encrypted".to_owned()),
         (_, None) => return Err(unknown(place.flags)),
     };
-    match place.flags.compression() {
-        RecordFlags::RAW if body.len() > expected.limit => {
+    match decompress_body(body, place.flags.compression(), expected.limit, plain)? {
+        Body::Plain => Ok(Decoded::Plain),
+        Body::Itself if std::ptr::eq(body, stored) => Ok(Decoded::Stored),
+        Body::Itself => Ok(Decoded::Opened),
+    }
+}
+
+/// Where the plain bytes of what is not encrypted are.
+enum Body {
+    Itself,
+    Plain,
+}
+
+/// Finds the plain bytes of a record that is not, or not any more, encrypted.
+pub(crate) fn decode_body<'a>(
+    body: &'a [u8],
+    flags: RecordFlags,
+    limit: usize,
+    plain: &'a mut Vec<u8>,
+) -> Result<&'a [u8], String> {
+    Ok(match decompress_body(body, flags, limit, plain)? {
+        Body::Itself => body,
+        Body::Plain => plain,
+    })
+}
+
+fn decompress_body(
+    body: &[u8],
+    flags: RecordFlags,
+    limit: usize,
+    plain: &mut Vec<u8>,
+) -> Result<Body, String> {
+    match flags {
+        RecordFlags::RAW if body.len() > limit => {
             Err(format!("a record of {} bytes is too long", body.len()))
         }
-        RecordFlags::RAW if std::ptr::eq(body, stored) => Ok(Decoded::Stored),
-        RecordFlags::RAW => Ok(Decoded::Opened),
-        RecordFlags::ZSTD => match decompress(body, expected.limit, plain) {
-            Ok(()) => Ok(Decoded::Plain),
+        RecordFlags::RAW => Ok(Body::Itself),
+        RecordFlags::ZSTD => match decompress(body, limit, plain) {
+            Ok(()) => Ok(Body::Plain),
             Err(e) => Err(format!("the record does not decompress: {e}")),
         },
-        _ => Err(unknown(place.flags)),
+        _ => Err(unknown(flags)),
     }
 }
 

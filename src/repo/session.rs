@@ -10,13 +10,15 @@ use super::chunk::{ChunkEntry, Place, RecordFlags, is_zero};
 use super::cipher::Encryption;
 use super::compress::{Compression, compress};
 use super::error::RepoError;
-use super::format::FileKind;
+use super::format::node::Node;
 use super::format::pack::{PackKind, PackTrailer};
 use super::format::snapshot::file_name;
-use super::ids::{NodeId, PackId, SnapshotId};
+use super::format::{FileKind, short_sum};
+use super::ids::{ChunkId, NodeId, PackId, SnapshotId};
 use super::map::MapWriter;
-use super::pack::{Body, Packs};
+use super::pack::{Appended, Body, Packs, Record};
 use super::presence::Presence;
+use super::record::decode_body;
 use super::repository::Repository;
 use super::snapshot::{MapRoot, Snapshot, SnapshotDraft};
 use super::storage::StorageError;
@@ -27,6 +29,8 @@ use crate::meter::Meter;
 pub struct SessionOptions {
     /// How chunks are compressed; `None` for the repository's own way.
     pub compression: Option<Compression>,
+    /// Whether each record is decoded again and checked against its identifier before it is stored.
+    pub verify_writes: bool,
     /// The length in bytes at which a pack is closed.
     pub pack_bytes: u64,
     /// How many stored chunks and nodes are remembered before they are written to the index.
@@ -39,6 +43,7 @@ impl Default for SessionOptions {
     fn default() -> Self {
         Self {
             compression: None,
+            verify_writes: true,
             pack_bytes: 64 << 20,
             // What a hash table of 256 Ki buckets holds.
             remembered: (256 << 10) / 8 * 7,
@@ -76,6 +81,8 @@ pub struct StoreMeters {
     pub lookup: Meter,
     /// Compressing what is new.
     pub compress: Meter,
+    /// Undoing that, and hashing again, to prove what will be stored.
+    pub verify: Meter,
     /// Encrypting, and putting into a pack, with the wait for the disk when packs are written more slowly than filled.
     pub pack: Meter,
     /// Making all durable and publishing the snapshot.
@@ -99,6 +106,7 @@ impl Session {
         };
         let core = SessionCore {
             compression: options.compression.unwrap_or(repo.compression()),
+            verify_writes: options.verify_writes,
             remembered: options.remembered.max(1),
             id,
             repo,
@@ -196,6 +204,7 @@ pub(crate) struct SessionCore {
     repo: Arc<Repository>,
     id: SnapshotId,
     compression: Compression,
+    verify_writes: bool,
     packs: Packs,
     presence: Presence,
     /// The maps of the parents.
@@ -215,26 +224,38 @@ pub(crate) struct SessionCore {
 
 impl SessionCore {
     /// Stores a map node, unless the repository has it; says where it is and whether it is new.
-    pub(crate) fn store_node(
-        &self,
-        id: &NodeId,
-        mut node: Vec<u8>,
-    ) -> Result<(Place, bool), RepoError> {
+    pub(crate) fn store_node(&self, id: &NodeId, node: &Node) -> Result<(Place, bool), RepoError> {
         self.check()?;
         if let Some(place) = self.known(PackKind::Meta, id.as_bytes())? {
             return Ok((place, false));
         }
-        // Nodes are made of hashes, which do not compress.
-        let kind = PackKind::Meta;
-        match self.repo.encryption() {
-            Encryption::None => {
-                self.append(kind, id.as_bytes(), Body::Clear(&node), RecordFlags::RAW)
+        let keys = self.repo.keys();
+        let is_right =
+            |bytes: &[u8]| Node::decode(bytes, node.level()).is_ok_and(|d| d.id(keys) == *id);
+        for _ in 0..ATTEMPTS {
+            let mut bytes = node.encode();
+            #[cfg(test)]
+            super::flip::at(super::flip::Point::Compressed, &mut bytes);
+            let proved = self.verify_writes.then(|| short_sum(&bytes));
+            if proved.is_some() && !self.meters.verify.time(|| is_right(&bytes)) {
+                continue;
             }
-            Encryption::Aes256Gcm => {
-                let body = Body::ToSeal(&mut node);
-                self.append(kind, id.as_bytes(), body, RecordFlags::RAW)
+            let record = Record {
+                body: match self.repo.encryption() {
+                    Encryption::None => Body::Clear(&bytes),
+                    Encryption::Aes256Gcm => Body::ToSeal(&mut bytes),
+                },
+                // Nodes are made of hashes, which do not compress.
+                flags: RecordFlags::RAW,
+                proved,
+            };
+            match self.append(PackKind::Meta, id.as_bytes(), record)? {
+                Appended::Now(place) => return Ok((place, true)),
+                Appended::Before(place) => return Ok((place, false)),
+                Appended::Changed => {}
             }
         }
+        Err(self.misread(format!("map node {id}")))
     }
 
     /// Whether a check found the record at a place damaged.
@@ -272,29 +293,83 @@ impl SessionCore {
         if let Some(place) = meters.lookup.time(lookup)? {
             return Ok(known(Some(ChunkEntry { id, place })));
         }
-        COMPRESSED.with_borrow_mut(|compressed| {
-            let flags = meters
-                .compress
-                .time(|| compress(plain, self.compression, compressed))
-                .map_err(|e| RepoError::io("compress a chunk", e))?;
-            let body = match (self.repo.encryption(), flags) {
-                (Encryption::None, RecordFlags::RAW) => Body::Clear(plain),
-                (Encryption::None, _) => Body::Clear(compressed),
-                (Encryption::Aes256Gcm, RecordFlags::RAW) => {
-                    compressed.clear();
-                    compressed.extend_from_slice(plain);
-                    Body::ToSeal(compressed)
-                }
-                (Encryption::Aes256Gcm, _) => Body::ToSeal(compressed),
+        self.store_new(id, plain)
+    }
+
+    /// Stores a chunk that the repository does not have.
+    ///
+    /// What goes into a pack is decoded and hashed again before. A bit that flips meanwhile is most often in a buffer
+    /// that can be made again; when it is in the chunk itself, or comes back, nothing of this session can be trusted.
+    fn store_new(&self, id: ChunkId, plain: &[u8]) -> Result<StoredChunk, RepoError> {
+        for _ in 0..ATTEMPTS {
+            let appended =
+                BUFFERS.with_borrow_mut(|buffers| self.try_store(&id, plain, buffers))?;
+            let (place, is_new) = match appended {
+                Appended::Now(place) => (place, true),
+                Appended::Before(place) => (place, false),
+                Appended::Changed => continue,
             };
-            let append = || self.append(PackKind::Data, id.as_bytes(), body, flags);
-            let (place, is_new) = meters.pack.time(append)?;
-            Ok(StoredChunk {
+            return Ok(StoredChunk {
                 entry: Some(ChunkEntry { id, place }),
                 is_new,
                 stored_bytes: if is_new { u64::from(place.len) } else { 0 },
-            })
-        })
+            });
+        }
+        Err(self.misread(format!("chunk {id}")))
+    }
+
+    fn try_store(
+        &self,
+        id: &ChunkId,
+        plain: &[u8],
+        (compressed, again): &mut (Vec<u8>, Vec<u8>),
+    ) -> Result<Appended, RepoError> {
+        let (meters, encryption) = (&self.meters, self.repo.encryption());
+        let flags = meters
+            .compress
+            .time(|| compress(plain, self.compression, compressed))
+            .map_err(|e| RepoError::io("compress a chunk", e))?;
+        if (encryption, flags) == (Encryption::Aes256Gcm, RecordFlags::RAW) {
+            compressed.clear();
+            compressed.extend_from_slice(plain);
+        }
+        #[cfg(test)]
+        super::flip::at(super::flip::Point::Compressed, compressed);
+        let body = match (encryption, flags) {
+            (Encryption::None, RecordFlags::RAW) => plain,
+            _ => compressed,
+        };
+        let mut proved = None;
+        if self.verify_writes {
+            proved = meters.verify.time(|| {
+                // The sum comes first: whatever changes afterwards no longer fits it.
+                let sum = short_sum(body);
+                let plain = decode_body(body, flags, plain.len(), again).ok()?;
+                (self.repo.keys().chunk_id(plain) == *id).then_some(sum)
+            });
+            if proved.is_none() {
+                return Ok(Appended::Changed);
+            }
+        }
+        #[cfg(test)]
+        super::flip::at(super::flip::Point::Proved, compressed);
+        let body = match (encryption, flags) {
+            (Encryption::None, RecordFlags::RAW) => Body::Clear(plain),
+            (Encryption::None, _) => Body::Clear(compressed),
+            (Encryption::Aes256Gcm, _) => Body::ToSeal(compressed),
+        };
+        let record = Record {
+            body,
+            flags,
+            proved,
+        };
+        let append = || self.append(PackKind::Data, id.as_bytes(), record);
+        meters.pack.time(append)
+    }
+
+    /// Ends the session: something did not come out right twice.
+    fn misread(&self, what: String) -> RepoError {
+        self.packs.fail(RepoError::Misread { what })
     }
 
     fn commit(&self, mut draft: SnapshotDraft) -> Result<Snapshot, RepoError> {
@@ -363,14 +438,13 @@ impl SessionCore {
         &self,
         kind: PackKind,
         id: &[u8; 32],
-        body: Body<'_>,
-        flags: RecordFlags,
-    ) -> Result<(Place, bool), RepoError> {
-        let appended = self.packs.append(kind, id, body, flags)?;
+        record: Record<'_>,
+    ) -> Result<Appended, RepoError> {
+        let appended = self.packs.append(kind, id, record)?;
         if self.packs.remembered() >= self.remembered {
             self.spill().map_err(|e| self.packs.fail(e))?;
         }
-        Ok((appended.place, appended.is_new))
+        Ok(appended)
     }
 
     /// Writes what is remembered of published packs to the index; others that come to the limit wait meanwhile.
@@ -461,8 +535,160 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 thread_local! {
-    static COMPRESSED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// What a chunk is compressed into, and what that is decompressed into again.
+    static BUFFERS: RefCell<(Vec<u8>, Vec<u8>)> = const { RefCell::new((Vec::new(), Vec::new())) };
 }
+
+/// How often something is tried that does not come out right.
+const ATTEMPTS: u32 = 2;
 
 /// The most entries of a merge of index segments that a commit does by itself; takes a second or two.
 const MERGE_AT_COMMIT: u64 = 4 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::super::flip::{self, Point};
+    use super::super::repository::InitOptions;
+    use super::super::secret::{PasswordCost, Secret};
+    use super::super::snapshot::{BackupKind, DiskRecord, DiskStats};
+    use super::super::storage::{MemoryStorage, Storage};
+    use super::*;
+
+    fn repos() -> [Arc<Repository>; 2] {
+        let storage = || -> Arc<dyn Storage> { Arc::new(MemoryStorage::new()) };
+        let options = InitOptions::default();
+        let key = Secret::key_file(vec![9; 64]).unwrap();
+        let cost = PasswordCost::default();
+        [
+            Repository::init(storage(), &options).unwrap(),
+            Repository::init_encrypted(storage(), &options, &key, cost).unwrap(),
+        ]
+    }
+
+    fn chunks() -> [Vec<u8>; 2] {
+        let mut noise = vec![0; 128 << 10];
+        getrandom::fill(&mut noise).unwrap();
+        let text = (0..).flat_map(|i: u32| format!("line {i}\n").into_bytes());
+        [noise, text.take(128 << 10).collect()]
+    }
+
+    /// Stores the chunks and their map, reads everything back after the commit.
+    fn backup(repo: &Arc<Repository>, chunks: &[Vec<u8>]) -> Result<(), RepoError> {
+        let session = repo.begin(&SessionOptions::default())?;
+        let size_bytes = chunks.iter().map(|c| c.len() as u64).sum();
+        let mut map = session.map_writer(None, size_bytes)?;
+        let mut entries = Vec::new();
+        for (number, chunk) in chunks.iter().enumerate() {
+            let entry = session.store_chunk(chunk)?.entry.unwrap();
+            map.put(number as u64, entry)?;
+            entries.push(entry);
+        }
+        let disk = DiskRecord {
+            disk: "vda".to_owned(),
+            size_bytes,
+            root: map.finish()?,
+            kind: BackupKind::Full,
+            reason: None,
+            parent: None,
+            generation: 1,
+            bitmap_used: None,
+            bitmaps_started: Vec::new(),
+            bitmaps_lost: Vec::new(),
+            source: "test".to_owned(),
+            stats: DiskStats::default(),
+        };
+        session.commit(SnapshotDraft {
+            name: "machine".to_owned(),
+            complete: true,
+            disks: vec![disk],
+            ..SnapshotDraft::default()
+        })?;
+        let mut read = Vec::new();
+        for (entry, chunk) in entries.iter().zip(chunks) {
+            repo.read_chunk(entry, chunk.len() as u32, &mut read)?;
+            assert_eq!(&read, chunk);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn bit_that_flips_once_is_made_good_and_one_that_comes_back_ends_the_session() {
+        for repo in repos() {
+            let encrypted = repo.encryption() != Encryption::None;
+            for point in [Point::Compressed, Point::Proved, Point::Sealed] {
+                // What is compressed goes through all points also where nothing is encrypted, but for the last.
+                let [_, text] = chunks();
+                if point == Point::Sealed && !encrypted {
+                    continue;
+                }
+                let text = [text, format!("{point:?} {encrypted}").into_bytes()].concat();
+                let text = [text[text.len() - (128 << 10)..].to_vec()];
+                let committed = || repo.snapshots().unwrap().snapshots.len();
+                let before = committed();
+                flip::next(point, 2);
+                let failed = backup(&repo, &text).unwrap_err();
+                assert!(matches!(failed, RepoError::Misread { .. }), "{failed}");
+                assert_eq!(flip::left(), 0, "{point:?}");
+                assert_eq!(committed(), before);
+
+                flip::next(point, 1);
+                backup(&repo, &text).unwrap();
+                assert_eq!(flip::left(), 0, "{point:?}");
+                assert_eq!(committed(), before + 1);
+            }
+        }
+    }
+
+    #[test]
+    fn chunk_that_changes_after_it_was_hashed_ends_the_session() {
+        for repo in repos() {
+            for mut chunk in chunks() {
+                let session = repo.begin(&SessionOptions::default()).unwrap();
+                let id = repo.keys().chunk_id(&chunk);
+                chunk[77] ^= 1;
+                let failed = session.core.store_new(id, &chunk).unwrap_err();
+                assert!(matches!(failed, RepoError::Misread { .. }), "{failed}");
+                let later = session.store_chunk(&[1; 4096]).unwrap_err();
+                assert!(matches!(later, RepoError::Misread { .. }), "{later}");
+            }
+        }
+    }
+
+    #[test]
+    fn map_node_that_changes_is_encoded_anew() {
+        for repo in repos() {
+            let session = repo.begin(&SessionOptions::default()).unwrap();
+            let [noise, text] = chunks();
+            let mut map = session.map_writer(None, 128 << 10).unwrap();
+            map.put(0, session.store_chunk(&noise).unwrap().entry.unwrap())
+                .unwrap();
+            flip::next(Point::Compressed, 1);
+            let root = map.finish().unwrap();
+            assert_eq!(flip::left(), 0);
+            session.core.packs.finish().unwrap();
+            let entry = repo.map(&root, 1).unwrap().chunk(0).unwrap().unwrap();
+            assert_eq!(entry.id, repo.keys().chunk_id(&noise));
+
+            let mut map = session.map_writer(None, 128 << 10).unwrap();
+            map.put(0, session.store_chunk(&text).unwrap().entry.unwrap())
+                .unwrap();
+            flip::next(Point::Compressed, 2);
+            let failed = map.finish().unwrap_err();
+            assert!(matches!(failed, RepoError::Misread { .. }), "{failed}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_verified_is_stored_as_it_became() {
+        let [repo, _] = repos();
+        let options = SessionOptions {
+            verify_writes: false,
+            ..SessionOptions::default()
+        };
+        let session = repo.begin(&options).unwrap();
+        let [_, text] = chunks();
+        flip::next(Point::Compressed, 1);
+        session.store_chunk(&text).unwrap();
+        assert_eq!(session.meters().verify.total(), std::time::Duration::ZERO);
+    }
+}

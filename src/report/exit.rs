@@ -216,6 +216,12 @@ fn repository(fault: RepoFault) -> (&'static str, u8, bool, Option<&'static str>
             Some("look at nbdbackup prune --dry-run; --max-freed 100 lets it go on"),
         ),
         RepoFault::Busy => ("repository-busy", 11, true, Some("try again")),
+        RepoFault::Memory => (
+            "memory-suspect",
+            1,
+            false,
+            Some("nothing wrong was stored; test this machine's memory before trusting it"),
+        ),
         RepoFault::Internal => ("failed", 1, false, None),
     }
 }

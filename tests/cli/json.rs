@@ -61,7 +61,7 @@ fn stages_of_a_backup_tell_where_its_time_went() {
     let stages = result["stages"].as_array().unwrap();
     let names: Vec<String> = stages.iter().map(|s| text(s, "stage")).collect();
     let expected = [
-        "walk", "read", "wait", "hash", "lookup", "compress", "pack", "commit",
+        "walk", "read", "wait", "hash", "lookup", "compress", "verify", "pack", "commit",
     ];
     assert_eq!(names, expected);
     for stage in stages {

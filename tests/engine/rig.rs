@@ -121,6 +121,7 @@ impl Rig {
             connections: 2,
             retry_time: std::time::Duration::ZERO,
             compression: None,
+            verify_writes: true,
         };
         let outcome = engine::backup(
             &self.catalog,

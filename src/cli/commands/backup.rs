@@ -78,6 +78,7 @@ async fn run_until(
         connections: args.connections,
         retry_time: Duration::from_secs_f64(args.retry_time),
         compression,
+        verify_writes: !args.no_verify_writes,
     };
     let catalog = config::open(global).await?;
     backup(&catalog, request, reporter, stop)

@@ -250,7 +250,7 @@ impl MapWriter {
         let child = match kept {
             Some(child) => child,
             None => {
-                let (place, is_new) = self.session.store_node(&id, node.encode())?;
+                let (place, is_new) = self.session.store_node(&id, &node)?;
                 self.written += u64::from(is_new);
                 Child {
                     id: *id.as_bytes(),

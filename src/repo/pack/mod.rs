@@ -39,6 +39,16 @@ pub(crate) struct Packs {
     sealer: Sealer,
 }
 
+/// A record that is to be stored.
+#[derive(Debug)]
+pub(crate) struct Record<'a> {
+    pub(crate) body: Body<'a>,
+    /// How the body is compressed.
+    pub(crate) flags: RecordFlags,
+    /// The sum of the body as it was when it was proved; `None` when it was not.
+    pub(crate) proved: Option<[u8; 8]>,
+}
+
 /// The bytes of a record that is to be stored.
 #[derive(Debug)]
 pub(crate) enum Body<'a> {
@@ -60,10 +70,13 @@ impl Body<'_> {
 
 /// What [`Packs::append`] did.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Appended {
-    pub(crate) place: Place,
-    /// False when another thread stored the same meanwhile.
-    pub(crate) is_new: bool,
+pub(crate) enum Appended {
+    /// The record is here.
+    Now(Place),
+    /// Another thread stored the same meanwhile.
+    Before(Place),
+    /// The body is not what was proved any more; nothing was written.
+    Changed,
 }
 
 impl Packs {
@@ -107,42 +120,33 @@ impl Packs {
         self.sealer.fail(error)
     }
 
-    /// Stores a record, unless this session has it already; `flags` say how it is compressed.
+    /// Stores a record, unless this session has it already.
     pub(crate) fn append(
         &self,
         kind: PackKind,
         id: &[u8; 32],
-        body: Body<'_>,
-        flags: RecordFlags,
+        record: Record<'_>,
     ) -> Result<Appended, RepoError> {
         self.check()?;
-        let len = u32::try_from(body.stored_len())
+        let len = record.body.stored_len();
+        let len = u32::try_from(len)
             .ok()
             .filter(|len| *len <= MAX_RECORD)
-            .ok_or_else(|| {
-                RepoError::misuse(format!(
-                    "a record of {} bytes is too long",
-                    body.stored_len()
-                ))
-            })?;
+            .ok_or_else(|| RepoError::misuse(format!("a record of {len} bytes is too long")))?;
         let mut open = lock(self.slot(kind));
         // Looked up again under the lock that orders all appends: two threads may bring the same chunk.
         if let Some(place) = self.find(id) {
-            return Ok(Appended {
-                place,
-                is_new: false,
-            });
+            return Ok(Appended::Before(place));
         }
-        let result = self.append_to(&mut open, kind, id, body, (len, flags));
-        let (place, full) = result.map_err(|e| self.fail(e))?;
+        let result = self.append_to(&mut open, kind, id, record, len);
+        let Some((place, full)) = result.map_err(|e| self.fail(e))? else {
+            return Ok(Appended::Changed);
+        };
         drop(open);
         if let Some(full) = full {
             self.sealer.seal(full)?;
         }
-        Ok(Appended {
-            place,
-            is_new: true,
-        })
+        Ok(Appended::Now(place))
     }
 
     /// Closes both open packs and returns once all packs are published, with their list.
@@ -188,25 +192,43 @@ impl Packs {
         }
     }
 
+    /// Returns the place and the pack, when that is full; `None` when the body is not what was proved.
     fn append_to(
         &self,
         slot: &mut Option<Box<OpenPack>>,
         kind: PackKind,
         id: &[u8; 32],
-        body: Body<'_>,
-        (len, flags): (u32, RecordFlags),
-    ) -> Result<(Place, Option<Box<OpenPack>>), RepoError> {
+        record: Record<'_>,
+        len: u32,
+    ) -> Result<Option<Stood>, RepoError> {
         let open = match slot {
             Some(open) => open,
             None => slot.insert(Box::new(self.open(kind)?)),
         };
         let offset = open.len;
-        let flags = flags.encrypted(self.keys.encryption());
-        let stored: &[u8] = match (&open.cipher, body) {
-            (None, Body::Clear(bytes)) => bytes,
+        let flags = record.flags.encrypted(self.keys.encryption());
+        let (stored, sum): (&[u8], _) = match (&open.cipher, record.body) {
+            (None, Body::Clear(bytes)) => {
+                let sum = short_sum(bytes);
+                if record.proved.is_some_and(|proved| proved != sum) {
+                    return Ok(None);
+                }
+                (bytes, sum)
+            }
             (Some(cipher), Body::ToSeal(bytes)) => {
                 cipher.seal(offset, id, bytes)?;
-                bytes
+                #[cfg(test)]
+                super::flip::at(super::flip::Point::Sealed, bytes);
+                let sum = short_sum(bytes);
+                // What does not open is not written: the next record takes this offset, and its nonce, and this one
+                // is never seen.
+                if let Some(proved) = record.proved
+                    && !(cipher.open(offset, id, bytes, &mut open.opened)
+                        && short_sum(&open.opened) == proved)
+                {
+                    return Ok(None);
+                }
+                (bytes, sum)
             }
             _ => {
                 return Err(RepoError::misuse(
@@ -220,7 +242,7 @@ impl Packs {
             offset,
             len,
             flags,
-            sum: short_sum(stored),
+            sum,
         });
         let place = Place {
             pack: open.header.pack,
@@ -239,7 +261,7 @@ impl Packs {
                 flags,
             },
         );
-        Ok((place, if full { slot.take() } else { None }))
+        Ok(Some((place, if full { slot.take() } else { None })))
     }
 
     fn open(&self, kind: PackKind) -> Result<OpenPack, RepoError> {
@@ -261,6 +283,7 @@ impl Packs {
             file: self.storage.create()?,
             len: 0,
             entries: Vec::new(),
+            opened: Vec::new(),
         };
         open.write(&header.encode())?;
         Ok(open)
@@ -274,6 +297,9 @@ impl Packs {
     }
 }
 
+/// Where a record stands now, and its pack, should that be full.
+type Stood = (Place, Option<Box<OpenPack>>);
+
 /// A pack that is being written.
 struct OpenPack {
     header: PackHeader,
@@ -283,6 +309,8 @@ struct OpenPack {
     file: Box<dyn NewFile>,
     len: u32,
     entries: Vec<FooterEntry>,
+    /// A sealed record, opened again to be proved.
+    opened: Vec<u8>,
 }
 
 impl OpenPack {

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::plan::Plan;
-use crate::repo::chunk::RecordFlags;
 use crate::repo::cipher::Encryption;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::PackName;
 use crate::repo::format::pack::FooterEntry;
-use crate::repo::ids::SnapshotId;
-use crate::repo::pack::{Body, Packs, read_footer};
+use crate::repo::format::short_sum;
+use crate::repo::ids::{SnapshotId, to_hex};
+use crate::repo::pack::{Appended, Body, Packs, Record, read_footer};
 use crate::repo::repository::Repository;
 use crate::repo::verify::{RecordBuffers, read_verified};
 
@@ -80,14 +80,26 @@ fn copy(
             ));
         };
         read_verified(repo, name, entry, buffers)?;
-        let (body, flags) = match entry.flags.encryption() {
-            Some(Encryption::Aes256Gcm) => {
-                (Body::ToSeal(&mut buffers.opened), entry.flags.compression())
-            }
-            _ => (Body::Clear(&buffers.stored), entry.flags),
+        let (proved, body) = match entry.flags.encryption() {
+            Some(Encryption::Aes256Gcm) => (
+                short_sum(&buffers.opened),
+                Body::ToSeal(&mut buffers.opened),
+            ),
+            _ => (entry.sum, Body::Clear(&buffers.stored)),
         };
-        let flags: RecordFlags = flags;
-        packs.append(name.0, &entry.id, body, flags)?;
+        let record = Record {
+            body,
+            flags: entry.flags.compression(),
+            proved: Some(proved),
+        };
+        match packs.append(name.0, &entry.id, record)? {
+            Appended::Now(_) | Appended::Before(_) => {}
+            Appended::Changed => {
+                return Err(RepoError::Misread {
+                    what: format!("record {}", to_hex(&entry.id)),
+                });
+            }
+        }
     }
     Ok(())
 }
