@@ -179,9 +179,10 @@ fn by_rules(snapshots: &[Snapshot], rules: &Rules) -> Result<Decided, EngineErro
 
 fn named(snapshots: &[Snapshot], words: &[String]) -> Result<Vec<Snapshot>, EngineError> {
     let mut found: Vec<Snapshot> = Vec::new();
+    let mut seen: HashSet<SnapshotId> = HashSet::new();
     for words in words {
         let snapshot = select(snapshots, words)?;
-        if !found.iter().any(|s| s.id == snapshot.id) {
+        if seen.insert(snapshot.id) {
             found.push(snapshot.clone());
         }
     }

@@ -42,9 +42,12 @@ impl Plan {
         let mut drop = over(repo, options, &open)?;
         drop.extend(&gone.snapshots);
         let mut snapshots = Snapshots::load(repo, &drop)?;
-        snapshots.dropped.retain(|id| !gone.snapshots.contains(id));
+        let gone_snapshots: HashSet<&SnapshotId> = gone.snapshots.iter().collect();
+        snapshots.dropped.retain(|id| !gone_snapshots.contains(id));
         let mut packs = list_packs(repo)?;
-        packs.retain(|name, _| !gone.packs.contains(name));
+        for name in &gone.packs {
+            packs.remove(name);
+        }
         repo.index().refresh()?;
         let mut needed = needed_by(repo, &snapshots.roots)?;
         let usable = |name: &PackName, place: &Place| is_whole(&packs, name, place);
@@ -136,7 +139,8 @@ impl Plan {
 
     fn report(&self, pruned: &mut Pruned) {
         pruned.total_bytes = self.total_bytes();
-        let stays = |name: &&PackName| !self.useless.contains(name) && !self.repack.contains(name);
+        let goes: HashSet<&PackName> = self.useless.iter().chain(&self.repack).collect();
+        let stays = |name: &&PackName| !goes.contains(name);
         let unused = self
             .packs
             .keys()
