@@ -232,6 +232,9 @@ pub(crate) struct Backup {
     /// How long to try to reach a source again after its connections were lost, in seconds; 0 takes each failure as final.
     #[arg(long, default_value_t = 60.0, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) retry_time: f64,
+    /// Keeps what was stored for the next run, should this one be interrupted, each time it is this much more; 0 for never.
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", value_parser = size)]
+    pub(crate) checkpoint_interval: u64,
     #[command(flatten)]
     pub(crate) compression: CompressionArg,
 }

@@ -4,6 +4,7 @@
 //! one [`Snapshot`], the only thing that makes the rest count. `docs/format.md` says what the files hold.
 
 mod cache;
+mod checkpoint;
 mod chunk;
 mod cipher;
 mod compress;
@@ -30,6 +31,7 @@ mod snapshot;
 mod storage;
 mod verify;
 
+pub use checkpoint::CheckpointOptions;
 pub use chunk::{ChunkEntry, ChunkSize, Place, RecordFlags, is_zero};
 pub use cipher::Encryption;
 pub use compress::{Compression, NotACompression};

@@ -77,6 +77,7 @@ async fn run_until(
         starts,
         connections: args.connections,
         retry_time: Duration::from_secs_f64(args.retry_time),
+        checkpoint_interval_bytes: args.checkpoint_interval,
         compression,
     };
     let catalog = config::open(global).await?;

@@ -142,12 +142,12 @@ fn split_snapshots(bytes: &[u8], at: u64) -> Result<Vec<SnapshotId>, DecodeError
     }
 }
 
-fn join_packs(packs: &[PackName]) -> Vec<u8> {
+pub(super) fn join_packs(packs: &[PackName]) -> Vec<u8> {
     let bytes = |(kind, pack): &PackName| [&[kind.code()][..], pack.as_bytes()].concat();
     packs.iter().flat_map(bytes).collect()
 }
 
-fn split_packs(bytes: &[u8], at: u64) -> Result<Vec<PackName>, DecodeError> {
+pub(super) fn split_packs(bytes: &[u8], at: u64) -> Result<Vec<PackName>, DecodeError> {
     let (packs, rest) = bytes.as_chunks::<{ 1 + PackId::LEN }>();
     if !rest.is_empty() {
         return Err(DecodeError::corrupt(

@@ -12,6 +12,7 @@
     )
 )]
 
+pub(crate) mod checkpoint;
 pub(crate) mod config;
 pub(crate) mod cursor;
 pub(crate) mod envelope;
@@ -53,6 +54,7 @@ pub(crate) enum FileKind {
     Done,
     Fence,
     Forgotten,
+    Checkpoint,
 }
 
 impl FileKind {
@@ -70,6 +72,7 @@ impl FileKind {
             Self::Done => 10,
             Self::Fence => 11,
             Self::Forgotten => 12,
+            Self::Checkpoint => 13,
         }
     }
 }

@@ -125,7 +125,7 @@ impl Repository {
                 Ok(Turn::Again) => {}
                 Ok(Turn::Last) if options.dry_run => return Ok(run.pruned),
                 Ok(Turn::Last) => {
-                    self.end_prune(no_room)?;
+                    self.end_prune(options, no_room)?;
                     return Ok(run.pruned);
                 }
                 // A segment that another prune merged and removed.
@@ -148,8 +148,9 @@ impl Repository {
         generations::load(&**self.storage(), self.keys().mac())
     }
 
-    fn end_prune(&self, no_room: bool) -> Result<(), RepoError> {
+    fn end_prune(&self, options: &PruneOptions, no_room: bool) -> Result<(), RepoError> {
         generations::tidy(&**self.storage())?;
+        sweep::remove_checkpoints(self, options)?;
         sweep::remove_idle_marks(self)?;
         if !no_room {
             sweep::tidy_index(self)?;

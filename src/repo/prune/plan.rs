@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::mark::{Holdings, Keepers, Kept, join, needed_by};
 use super::{PruneOptions, Pruned, blockers, repack, sweep};
+use crate::repo::checkpoint;
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::{Condemned, PackName, Sweep};
@@ -23,6 +24,8 @@ pub(super) struct Plan {
     /// The packs that are written anew, and what is needed of them.
     pub(super) repack: Vec<PackName>,
     kept: HashMap<PackName, Kept>,
+    /// The packs that checkpoints name, for runs that were interrupted.
+    checkpointed: HashSet<PackName>,
     /// For each pack that is written anew offset and length of the records that are needed of it, in order.
     pub(super) moving: HashMap<PackName, Vec<(u32, u32)>>,
     dropped: Vec<SnapshotId>,
@@ -37,6 +40,7 @@ impl Plan {
         gone: &Sweep,
         no_room: bool,
     ) -> Result<Self, RepoError> {
+        let checkpoints = checkpoint::list(repo)?;
         // Sessions first: what they commit meanwhile is then seen among the snapshots.
         let open = open_sessions(repo, options.dead())?;
         let mut drop = over(repo, options, &open)?;
@@ -44,6 +48,9 @@ impl Plan {
         let mut snapshots = Snapshots::load(repo, &drop)?;
         let gone_snapshots: HashSet<&SnapshotId> = gone.snapshots.iter().collect();
         snapshots.dropped.retain(|id| !gone_snapshots.contains(id));
+        let (window, now) = (options.undelete_window, options.now_unix_nanos);
+        let roots = &snapshots.roots;
+        let checkpointed = checkpoint::sort(repo, &checkpoints, &open, roots, window, now)?.packs;
         let mut packs = list_packs(repo)?;
         for name in &gone.packs {
             packs.remove(name);
@@ -63,10 +70,11 @@ impl Plan {
         })?
         .check()?;
         let mut plan = Self {
-            useless: useless(repo, &packs, &holdings, &open),
+            useless: useless(repo, &packs, &holdings, &checkpointed, &open),
             repack: Vec::new(),
             moving: HashMap::new(),
             kept: holdings.kept,
+            checkpointed,
             packs,
             dropped: snapshots.dropped,
             roots: snapshots.roots.iter().map(|s| s.id).collect(),
@@ -140,7 +148,7 @@ impl Plan {
     fn report(&self, pruned: &mut Pruned) {
         pruned.total_bytes = self.total_bytes();
         let goes: HashSet<&PackName> = self.useless.iter().chain(&self.repack).collect();
-        let stays = |name: &&PackName| !goes.contains(name);
+        let stays = |name: &&PackName| !goes.contains(name) && !self.checkpointed.contains(*name);
         let unused = self
             .packs
             .keys()
@@ -175,7 +183,7 @@ impl Plan {
         let mut partly: Vec<(PackName, u64, u64)> = self
             .kept
             .keys()
-            .filter(|name| !useless.contains(*name))
+            .filter(|name| !useless.contains(*name) && !self.checkpointed.contains(*name))
             .map(|name| {
                 (
                     *name,
@@ -352,17 +360,18 @@ pub(super) fn is_whole(packs: &HashMap<PackName, u64>, name: &PackName, place: &
     packs.get(name).is_some_and(|len| end <= *len)
 }
 
-/// Finds the packs of which nothing is kept, but not those of sessions that are still writing.
+/// Finds the packs of which nothing is kept, but not those of sessions that are still writing, nor those of checkpoints.
 fn useless(
     repo: &Repository,
     packs: &HashMap<PackName, u64>,
     holdings: &Holdings,
+    checkpointed: &HashSet<PackName>,
     open: &[OpenSession],
 ) -> Vec<PackName> {
     let writing: HashSet<SnapshotId> = open.iter().map(|s| s.id).collect();
     let mut useless: Vec<PackName> = packs
         .keys()
-        .filter(|name| !holdings.kept.contains_key(*name))
+        .filter(|name| !holdings.kept.contains_key(*name) && !checkpointed.contains(*name))
         .filter(|name| match writer_of(repo, name) {
             // Waiting for its session would be of no use: it will be needed, or is garbage then.
             Some(session) => !writing.contains(&session),
