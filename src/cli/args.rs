@@ -370,7 +370,7 @@ pub(crate) struct Forget {
     /// Only snapshots with this tag.
     #[arg(long, value_name = "TAG")]
     pub(crate) tag: Option<String>,
-    /// Forgets also the last snapshot of a disk.
+    /// Forgets also the last snapshot of a disk, and lets --prune free however much forgotten snapshots held.
     #[arg(long)]
     pub(crate) force: bool,
     /// Takes back that these snapshots were forgotten, as long as no prune has begun to remove them.
@@ -391,6 +391,9 @@ pub(crate) struct Prune {
     /// Says what would be done, and does nothing.
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Frees however much forgotten snapshots held.
+    #[arg(long)]
+    pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) how: PruneArgs,
 }
@@ -400,8 +403,8 @@ pub(crate) struct PruneArgs {
     /// The part of the stored bytes that may stay although nobody needs them, rather than write packs anew.
     #[arg(long, default_value = "10", value_name = "PERCENT", value_parser = percent)]
     pub(crate) max_unused: f64,
-    /// Fails rather than free more than this part of the stored bytes, where forgotten snapshots are removed.
-    #[arg(long, default_value_t = 100, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    /// Fails rather than free more than this part of the stored bytes for forgotten snapshots, unless --force.
+    #[arg(long, default_value_t = 25, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
     pub(crate) max_freed: u8,
     /// How long a forgotten snapshot can be had back, such as 7d or 12h.
     #[arg(long, default_value = "7d", value_name = "DURATION", value_parser = duration)]

@@ -106,13 +106,24 @@ impl Plan {
     /// Fails when this would free more than was allowed.
     ///
     /// What no snapshot ever named may always go.
-    pub(super) fn brake(&self, options: &PruneOptions) -> Result<(), RepoError> {
+    pub(super) fn brake(&self, repo: &Repository, options: &PruneOptions) -> Result<(), RepoError> {
         if self.dropped.is_empty() {
             return Ok(());
         }
         let total_bytes = self.total_bytes();
-        let freed_bytes = self.useless_bytes();
         let most = u128::from(total_bytes) * u128::from(options.max_freed_percent) / 100;
+        // The dropped snapshots' maps are gone through only when it matters which packs are theirs.
+        if u128::from(self.freed_bytes(|_| true)) <= most {
+            return Ok(());
+        }
+        let freed_bytes = match self.packs_of_dropped(repo) {
+            Ok(theirs) => self.freed_bytes(|name| theirs.contains(name)),
+            Err(error @ RepoError::Io { .. }) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "all that is freed counts as that of forgotten snapshots");
+                self.freed_bytes(|_| true)
+            }
+        };
         match u128::from(freed_bytes) > most {
             true => Err(RepoError::TooMuch {
                 freed_bytes,
@@ -121,6 +132,28 @@ impl Plan {
             }),
             false => Ok(()),
         }
+    }
+
+    /// The bytes that are freed in those packs that `counts` accepts.
+    fn freed_bytes(&self, counts: impl Fn(&PackName) -> bool) -> u64 {
+        let useless = self.useless.iter().filter(|name| counts(name));
+        let removed: u64 = useless.filter_map(|name| self.packs.get(name)).sum();
+        let repack = self.repack.iter().filter(|name| counts(name));
+        removed + repack.map(|name| self.unused(name)).sum::<u64>()
+    }
+
+    /// Finds the packs that hold something of the snapshots that are dropped.
+    fn packs_of_dropped(&self, repo: &Repository) -> Result<HashSet<PackName>, RepoError> {
+        let dropped = self.dropped.iter().map(|id| repo.snapshot(id));
+        let dropped: Vec<Snapshot> = dropped.collect::<Result<_, _>>()?;
+        let mut theirs = HashSet::new();
+        let mut ids = needed_by(repo, &dropped)?;
+        let usable = |name: &PackName, place: &Place| is_whole(&self.packs, name, place);
+        // What is missing cannot be freed.
+        join(repo, &mut ids, &usable, &mut |places| {
+            theirs.extend(places.iter().map(|(name, _)| *name));
+        })?;
+        Ok(theirs)
     }
 
     /// Writes anew what is to be, and says what is condemned then.
