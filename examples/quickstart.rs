@@ -107,6 +107,7 @@ async fn backup(
         },
         connections: 2,
         retry_time: std::time::Duration::ZERO,
+        checkpoint_interval_bytes: 1 << 30,
         compression: None,
         verify_writes: true,
     };

@@ -238,6 +238,9 @@ pub(crate) struct Backup {
     /// How long to try to reach a source again after its connections were lost, in seconds; 0 takes each failure as final.
     #[arg(long, default_value_t = 60.0, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) retry_time: f64,
+    /// Keeps what was stored for the next run, should this one be interrupted, each time it is this much more; 0 for never.
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", value_parser = size)]
+    pub(crate) checkpoint_interval: u64,
     #[command(flatten)]
     pub(crate) compression: CompressionArg,
     /// Does not decode again what was compressed or encrypted before it is written: a third less processor time for new
@@ -377,7 +380,7 @@ pub(crate) struct Forget {
     /// Only snapshots with this tag.
     #[arg(long, value_name = "TAG")]
     pub(crate) tag: Option<String>,
-    /// Forgets also the last snapshot of a disk.
+    /// Forgets also the last snapshot of a disk, and lets --prune free however much forgotten snapshots held.
     #[arg(long)]
     pub(crate) force: bool,
     /// Takes back that these snapshots were forgotten, as long as no prune has begun to remove them.
@@ -441,6 +444,9 @@ pub(crate) struct Prune {
     /// Says what would be done, and does nothing.
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Frees however much forgotten snapshots held.
+    #[arg(long)]
+    pub(crate) force: bool,
     #[command(flatten)]
     pub(crate) how: PruneArgs,
 }
@@ -450,8 +456,8 @@ pub(crate) struct PruneArgs {
     /// The part of the stored bytes that may stay although nobody needs them, rather than write packs anew.
     #[arg(long, default_value = "10", value_name = "PERCENT", value_parser = percent)]
     pub(crate) max_unused: f64,
-    /// Fails rather than free more than this part of the stored bytes, where forgotten snapshots are removed.
-    #[arg(long, default_value_t = 100, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
+    /// Fails rather than free more than this part of the stored bytes for forgotten snapshots, unless --force.
+    #[arg(long, default_value_t = 25, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(0..=100))]
     pub(crate) max_freed: u8,
     /// How long a forgotten snapshot can be had back, such as 7d or 12h.
     #[arg(long, default_value = "7d", value_name = "DURATION", value_parser = duration)]

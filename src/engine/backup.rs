@@ -18,8 +18,8 @@ use super::walk::Contexts;
 use super::workers::{Workers, blocking};
 use super::{EngineError, selector};
 use crate::repo::{
-    BackupKind, Compression, DiskRecord, DiskStats, Session, SessionOptions, SnapshotDraft,
-    SnapshotId,
+    BackupKind, CheckpointOptions, Compression, DiskRecord, DiskStats, Session, SessionOptions,
+    SnapshotDraft, SnapshotId,
 };
 
 /// What a backup is asked to do.
@@ -39,6 +39,8 @@ pub struct BackupRequest {
     pub connections: u8,
     /// How long to try to connect anew to an export whose connections were lost; zero takes each failure as final.
     pub retry_time: Duration,
+    /// After how many stored bytes to keep them for the next run, should this one not end well; 0 for never.
+    pub checkpoint_interval_bytes: u64,
     /// The compression, where it is not the repository's own.
     pub compression: Option<Compression>,
     /// Whether what is stored is decoded again and checked before it is written.
@@ -272,14 +274,29 @@ impl Run<'_> {
 
     async fn begin(&self, disks: &[OpenDisk]) -> Result<Arc<Session>, EngineError> {
         let repository = Arc::clone(self.catalog.repository());
+        let interval_bytes = self.request.checkpoint_interval_bytes;
+        let usual = SessionOptions::default();
         let options = SessionOptions {
             compression: self.request.compression,
             verify_writes: self.request.verify_writes,
+            // Only packs that are closed can be kept.
+            pack_bytes: match interval_bytes {
+                0 => usual.pack_bytes,
+                _ => usual.pack_bytes.min(interval_bytes.max(LEAST_PACK_BYTES)),
+            },
+            checkpoints: (interval_bytes > 0).then(|| CheckpointOptions {
+                name: self.request.name.clone(),
+                disks: disks
+                    .iter()
+                    .map(|d| (d.name.clone(), d.generation))
+                    .collect(),
+                interval_bytes,
+            }),
             parents: disks
                 .iter()
                 .filter_map(|d| Some(d.parent.as_ref()?.0))
                 .collect(),
-            ..SessionOptions::default()
+            ..usual
         };
         let session = blocking(move || repository.begin(&options))
             .await?
@@ -437,6 +454,7 @@ impl Run<'_> {
             origin: None,
             disks: records,
         };
+        let resumed_bytes = session.resumed_bytes();
         let committing = Arc::clone(&session);
         let snapshot = blocking(move || committing.commit(draft))
             .await?
@@ -461,6 +479,7 @@ impl Run<'_> {
             finished,
             duration,
             disks: reports,
+            resumed_bytes,
             stages,
             warnings: std::mem::take(&mut self.warnings),
         })
@@ -488,4 +507,6 @@ fn dirty_context(bitmap: &str) -> String {
 
 /// How long the sources may take to end in order.
 const GOODBYE: Duration = Duration::from_secs(5);
+/// The least length at which a pack is closed for the sake of checkpoints.
+const LEAST_PACK_BYTES: u64 = 1 << 20;
 const ALLOCATION: &str = "base:allocation";

@@ -35,7 +35,7 @@ pub struct ForgetRequest {
 pub struct PruneRequest {
     /// The part of the stored bytes that may stay unused, in percent.
     pub max_unused_percent: f64,
-    /// The part of the stored bytes that may be freed at once, in percent.
+    /// The part of the stored bytes that may be freed at once for forgotten snapshots, in percent; 100 for all.
     pub max_freed_percent: u8,
     /// How long a forgotten snapshot can be had back.
     pub undelete_window: Duration,
@@ -179,9 +179,10 @@ fn by_rules(snapshots: &[Snapshot], rules: &Rules) -> Result<Decided, EngineErro
 
 fn named(snapshots: &[Snapshot], words: &[String]) -> Result<Vec<Snapshot>, EngineError> {
     let mut found: Vec<Snapshot> = Vec::new();
+    let mut seen: HashSet<SnapshotId> = HashSet::new();
     for words in words {
         let snapshot = select(snapshots, words)?;
-        if !found.iter().any(|s| s.id == snapshot.id) {
+        if seen.insert(snapshot.id) {
             found.push(snapshot.clone());
         }
     }

@@ -62,6 +62,8 @@ pub struct BackupOutcome {
     pub duration: Duration,
     /// Each disk.
     pub disks: Vec<DiskBackup>,
+    /// The bytes of chunks that interrupted runs of the same disks had stored, so that this one did not.
+    pub resumed_bytes: u64,
     /// Where the time went.
     pub stages: Vec<StageTime>,
     /// What a person should know.

@@ -163,15 +163,21 @@ impl Repository {
 impl Marks {
     /// How long ago a snapshot was forgotten, in nanoseconds; a clock that was or is wrong makes it less, not more.
     pub(crate) fn age_nanos(&self, mark: &Forgotten, now_unix_nanos: i64) -> u128 {
-        let nanos = |time: &SystemTime| {
-            let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
-            i64::try_from(since.as_nanos()).ok()
-        };
-        let modified = self.modified.get(&mark.snapshot.id).and_then(nanos);
-        let told = mark.forgotten_unix_nanos;
-        let since = modified.map_or(told, |modified| told.max(modified));
-        u128::try_from(now_unix_nanos.saturating_sub(since)).unwrap_or(0)
+        let modified = self.modified.get(&mark.snapshot.id).copied();
+        age_nanos(mark.forgotten_unix_nanos, modified, now_unix_nanos)
     }
+}
+
+/// How old a file is that says when it was written, in nanoseconds; of what it says and what the storage says the later
+/// counts.
+pub(super) fn age_nanos(told: i64, modified: Option<SystemTime>, now_unix_nanos: i64) -> u128 {
+    let nanos = |time: SystemTime| {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+        i64::try_from(since.as_nanos()).ok()
+    };
+    let modified = modified.and_then(nanos);
+    let since = modified.map_or(told, |modified| told.max(modified));
+    u128::try_from(now_unix_nanos.saturating_sub(since)).unwrap_or(0)
 }
 
 /// The name of the mark of a snapshot that is forgotten.

@@ -6,6 +6,7 @@
 mod bad;
 mod cache;
 mod check;
+mod checkpoint;
 mod chunk;
 mod cipher;
 mod compress;
@@ -40,6 +41,7 @@ mod verified;
 mod verify;
 
 pub use check::{CheckOptions, Checked, DamagedFile, DamagedRange};
+pub use checkpoint::CheckpointOptions;
 pub use chunk::{ChunkEntry, ChunkSize, Place, RecordFlags, is_zero};
 pub use cipher::Encryption;
 pub use compress::{Compression, NotACompression};

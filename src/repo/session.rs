@@ -2,14 +2,16 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use super::bad::BadRecords;
+use super::checkpoint::{self, CheckpointOptions};
 use super::chunk::{ChunkEntry, Place, RecordFlags, is_zero};
 use super::cipher::Encryption;
 use super::compress::{Compression, compress};
 use super::error::RepoError;
+use super::format::generation::PackName;
 use super::format::node::Node;
 use super::format::pack::{PackKind, PackTrailer};
 use super::format::snapshot::file_name;
@@ -37,6 +39,8 @@ pub struct SessionOptions {
     pub remembered: usize,
     /// The snapshots whose maps may be given as parents: none of what they need is removed while the session is open.
     pub parents: Vec<SnapshotId>,
+    /// Keeps what a long session has stored for the run that comes after it, should it never commit; `None` keeps nothing.
+    pub checkpoints: Option<CheckpointOptions>,
 }
 
 impl Default for SessionOptions {
@@ -48,6 +52,7 @@ impl Default for SessionOptions {
             // What a hash table of 256 Ki buckets holds.
             remembered: (256 << 10) / 8 * 7,
             parents: Vec::new(),
+            checkpoints: None,
         }
     }
 }
@@ -55,7 +60,7 @@ impl Default for SessionOptions {
 /// A session; used from many threads at once.
 ///
 /// The first failure to write ends it for good: each later call returns that failure. Dropping it without a commit
-/// leaves nothing that anybody sees, at most packs that a prune removes.
+/// leaves nothing that anybody sees, at most packs that a prune removes and checkpoints that keep some of them for a while.
 #[derive(Debug)]
 pub struct Session {
     core: Arc<SessionCore>,
@@ -97,7 +102,7 @@ impl Session {
         let id = SnapshotId::random()?;
         let presence = Presence::announce(&repo, id, options.parents.clone())?;
         let begun = Self::begin_announced(&repo, id, options);
-        let (packs, parent_roots, bad) = match begun {
+        let (packs, parent_roots, bad, interrupted) = match begun {
             Ok(begun) => begun,
             Err(error) => {
                 presence.withdraw(&repo);
@@ -117,6 +122,9 @@ impl Session {
             packs_there: Mutex::default(),
             roots: Mutex::default(),
             spilling: Mutex::default(),
+            checkpoints: options.checkpoints.clone().map(Checkpointing::new),
+            interrupted,
+            resumed_bytes: AtomicU64::new(0),
             meters: StoreMeters::default(),
             finished: AtomicBool::new(false),
         };
@@ -129,7 +137,7 @@ impl Session {
         repo: &Arc<Repository>,
         id: SnapshotId,
         options: &SessionOptions,
-    ) -> Result<(Packs, HashSet<Root>, BadRecords), RepoError> {
+    ) -> Result<(Packs, HashSet<Root>, BadRecords, HashSet<PackName>), RepoError> {
         let mut roots = HashSet::new();
         for parent in &options.parents {
             let snapshot = repo.snapshot(parent).map_err(|e| match e {
@@ -138,6 +146,10 @@ impl Session {
             })?;
             roots.extend(snapshot.draft.disks.iter().filter_map(|d| root_of(&d.root)));
         }
+        let interrupted = match &options.checkpoints {
+            Some(options) => checkpoint::interrupted(repo, options)?,
+            None => HashSet::new(),
+        };
         repo.index().refresh()?;
         let bad = BadRecords::load(repo)?;
         let packs = Packs::new(
@@ -147,7 +159,7 @@ impl Session {
             id,
             options.pack_bytes,
         )?;
-        Ok((packs, roots, bad))
+        Ok((packs, roots, bad, interrupted))
     }
 
     /// The identifier that the snapshot will have.
@@ -160,6 +172,11 @@ impl Session {
     /// The bytes are a whole chunk, or the last one of a disk.
     pub fn store_chunk(&self, plain: &[u8]) -> Result<StoredChunk, RepoError> {
         self.core.store_chunk(plain)
+    }
+
+    /// The bytes of the chunks that were found among what interrupted runs of the same disks had stored.
+    pub fn resumed_bytes(&self) -> u64 {
+        self.core.resumed_bytes.load(Ordering::Relaxed)
     }
 
     /// Where the time of storing went so far.
@@ -218,6 +235,10 @@ pub(crate) struct SessionCore {
     /// The roots that this session's map writers finished.
     roots: Mutex<HashSet<Root>>,
     spilling: Mutex<()>,
+    checkpoints: Option<Checkpointing>,
+    /// The packs of earlier runs that never committed.
+    interrupted: HashSet<PackName>,
+    resumed_bytes: AtomicU64,
     meters: StoreMeters,
     finished: AtomicBool,
 }
@@ -291,6 +312,10 @@ impl SessionCore {
         };
         let lookup = || self.known(PackKind::Data, id.as_bytes());
         if let Some(place) = meters.lookup.time(lookup)? {
+            if self.interrupted.contains(&(PackKind::Data, place.pack)) {
+                let len = plain.len() as u64;
+                self.resumed_bytes.fetch_add(len, Ordering::Relaxed);
+            }
             return Ok(known(Some(ChunkEntry { id, place })));
         }
         self.store_new(id, plain)
@@ -390,6 +415,10 @@ impl SessionCore {
         }
         let snapshot = self.publish(draft).map_err(|e| self.packs.fail(e))?;
         self.presence.withdraw(&self.repo);
+        if let Some(checkpoints) = &self.checkpoints {
+            let count = checkpoints.count.load(Ordering::SeqCst);
+            checkpoint::remove_own(&self.repo, &self.id, count);
+        }
         // The snapshot is durable: whatever happens to the index now is no failure of the backup.
         if let Err(error) = self.repo.merge_index(MERGE_AT_COMMIT) {
             tracing::warn!(%error, "index segments were not merged");
@@ -444,7 +473,47 @@ impl SessionCore {
         if self.packs.remembered() >= self.remembered {
             self.spill().map_err(|e| self.packs.fail(e))?;
         }
+        if let Some(checkpoints) = &self.checkpoints
+            && checkpoints.is_due(&self.packs)
+        {
+            self.checkpoint(checkpoints)
+                .map_err(|e| self.packs.fail(e))?;
+        }
         Ok(appended)
+    }
+
+    /// Puts what is published into the index and writes a checkpoint that says so; others go on storing meanwhile.
+    fn checkpoint(&self, checkpoints: &Checkpointing) -> Result<(), RepoError> {
+        let _one = match self.spilling.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        if !checkpoints.is_due(&self.packs) {
+            return Ok(());
+        }
+        let known = checkpoints.packs.load(Ordering::SeqCst);
+        let written_bytes = self.packs.written_bytes();
+        let packs = self.packs.written_after(known as usize);
+        // All that is in these packs is among the entries, or was spilled before.
+        let (entries, table) = self.packs.published();
+        self.repo.storage().barrier()?;
+        if !entries.is_empty() {
+            self.repo.index().add(entries.clone(), &table)?;
+            self.packs.forget(&entries);
+        }
+        let number = checkpoints.count.fetch_add(1, Ordering::SeqCst);
+        let all = known + packs.len() as u64;
+        checkpoints
+            .options
+            .write(&self.repo, self.id, number, packs)?;
+        checkpoints.packs.store(all, Ordering::SeqCst);
+        checkpoints.bytes.store(written_bytes, Ordering::SeqCst);
+        // A long session has many, and each look-up asks all that are not merged.
+        if let Err(error) = self.repo.merge_index(MERGE_AT_COMMIT) {
+            tracing::warn!(%error, "index segments were not merged");
+        }
+        Ok(())
     }
 
     /// Writes what is remembered of published packs to the index; others that come to the limit wait meanwhile.
@@ -520,6 +589,34 @@ impl SessionCore {
 impl Drop for SessionCore {
     fn drop(&mut self) {
         self.presence.withdraw(&self.repo);
+    }
+}
+
+/// How far a session's checkpoints have come.
+#[derive(Debug)]
+struct Checkpointing {
+    options: CheckpointOptions,
+    /// How many were written or begun.
+    count: AtomicU64,
+    /// How many packs they name.
+    packs: AtomicU64,
+    /// The bytes that were published when the last one was begun.
+    bytes: AtomicU64,
+}
+
+impl Checkpointing {
+    fn new(options: CheckpointOptions) -> Self {
+        Self {
+            options,
+            count: AtomicU64::new(0),
+            packs: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+        }
+    }
+
+    fn is_due(&self, packs: &Packs) -> bool {
+        let done = self.bytes.load(Ordering::SeqCst);
+        packs.written_bytes() >= done.saturating_add(self.options.interval_bytes.max(1))
     }
 }
 

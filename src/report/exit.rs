@@ -213,7 +213,7 @@ fn repository(fault: RepoFault) -> (&'static str, u8, bool, Option<&'static str>
             "brake",
             1,
             false,
-            Some("look at nbdbackup prune --dry-run; --max-freed 100 lets it go on"),
+            Some("look at nbdbackup prune --dry-run; prune --force removes it"),
         ),
         RepoFault::Busy => ("repository-busy", 11, true, Some("try again")),
         RepoFault::Memory => (

@@ -228,6 +228,7 @@ struct BackupResult {
     finished: String,
     duration_seconds: f64,
     disks: Vec<DiskBackupResult>,
+    resumed_bytes: u64,
     stages: Vec<StageResult>,
     warnings: Vec<WarningLine>,
 }
@@ -249,6 +250,7 @@ impl From<&BackupOutcome> for BackupResult {
             finished: time(o.finished),
             duration_seconds: o.duration.as_secs_f64(),
             disks: o.disks.iter().map(Into::into).collect(),
+            resumed_bytes: o.resumed_bytes,
             stages: o
                 .stages
                 .iter()

@@ -124,6 +124,10 @@ fn backup(out: &mut String, o: &BackupOutcome) -> std::fmt::Result {
             HumanBytes(d.new_bytes)
         )?;
     }
+    if o.resumed_bytes > 0 {
+        let resumed = HumanBytes(o.resumed_bytes);
+        writeln!(out, "  an interrupted run had stored {resumed} of it")?;
+    }
     Ok(())
 }
 

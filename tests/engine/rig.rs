@@ -120,6 +120,7 @@ impl Rig {
             starts: starts.iter().map(|s| (*s).to_owned()).collect(),
             connections: 2,
             retry_time: std::time::Duration::ZERO,
+            checkpoint_interval_bytes: 1 << 30,
             compression: None,
             verify_writes: true,
         };

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::support::MIB;
 use crate::support::disk::{Random, add_bitmap, reference, scatter};
 use crate::support::lab::Lab;
-use crate::support::program::text;
+use crate::support::program::{number, text};
 use crate::support::server::Server;
 
 const SIZE: u64 = 24 * MIB;
@@ -131,4 +131,61 @@ fn incremental_killed_anywhere_loses_nothing_that_is_dirty() {
     for (snapshot, raw) in &known {
         lab.assert_restores(snapshot, raw);
     }
+}
+
+#[test]
+fn full_killed_after_a_checkpoint_goes_on_where_that_was() {
+    let lab = Lab::new();
+    let image = lab.raw("vda.raw", 64 * MIB, 3);
+    let folder = |name: &str| -> (usize, u64) {
+        let files = lab.repository_files();
+        let of = format!("/{name}/");
+        let files = files.iter().filter(|f| f.to_string_lossy().contains(&of));
+        let lens = files.map(|f| std::fs::metadata(f).map_or(0, |m| m.len()));
+        lens.fold((0, 0), |(count, bytes), len| (count + 1, bytes + len))
+    };
+    let interval = ["--checkpoint-interval", "1MiB"];
+    {
+        let slow = lab.nbdkit(&["-r", "--filter=delay", "file", &image, "rdelay=200ms"]);
+        let args = [
+            "full",
+            slow.uri(),
+            "--name",
+            "web1",
+            "--disk",
+            "vda",
+            "--progress-interval",
+            "0",
+        ];
+        let mut run = lab.start(&[&args[..], &interval].concat());
+        while folder("ckpt").0 < 3 {
+            assert!(run.next_line().is_some(), "the run ended too early");
+        }
+        run.signal("KILL");
+        while run.next_line().is_some() {}
+    }
+    assert!(lab.snapshots().is_empty());
+    lab.run(&["prune"]).result();
+    let (kept, kept_bytes) = folder("packs");
+    assert!(kept >= 3, "{kept} packs");
+
+    let result = lab.backup("full", &image, &interval);
+    lab.assert_restores(&text(&result, "snapshot"), &image);
+    let resumed = number(&result, "resumed_bytes");
+    assert!(resumed >= 3 * MIB, "{result}");
+    // Together they stored what one run stores.
+    let fresh = Lab::new();
+    let whole = fresh.backup("full", &image, &interval);
+    assert_eq!(number(&whole, "resumed_bytes"), 0);
+    let stored = number(&whole["disks"][0], "stored_bytes");
+    let rest = number(&result["disks"][0], "stored_bytes");
+    assert!(
+        rest < stored - kept_bytes * 9 / 10,
+        "{rest} of {stored} again"
+    );
+    assert!(folder("packs").1 < stored * 101 / 100, "stored twice");
+    let pruned = lab.run(&["prune"]).result();
+    assert_eq!(number(&pruned, "packs_removed"), 0, "{pruned}");
+    assert_eq!(folder("ckpt").0, 0);
+    lab.assert_restores(&text(&result, "snapshot"), &image);
 }

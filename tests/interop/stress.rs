@@ -124,7 +124,14 @@ impl Stress {
         let mut random = self.random(who);
         while !self.is_over() {
             let most = ["0", "30"][random.below(2) as usize];
-            let args = ["prune", "--undelete-window", "0s", "--max-unused", most];
+            let args = [
+                "prune",
+                "--force",
+                "--undelete-window",
+                "0s",
+                "--max-unused",
+                most,
+            ];
             let Some(run) = self.run(&mut random, &args) else {
                 continue;
             };
@@ -378,7 +385,14 @@ fn nothing_that_was_stored_and_not_forgotten_is_lost() {
     stress.compare_all();
     let mut last = Value::Null;
     for _ in 0..2 {
-        let prune = ["prune", "--undelete-window", "0s", "--max-unused", "0"];
+        let prune = [
+            "prune",
+            "--force",
+            "--undelete-window",
+            "0s",
+            "--max-unused",
+            "0",
+        ];
         last = stress.lab.run(&prune).result();
         assert!(last["waiting_for"].as_array().unwrap().is_empty(), "{last}");
     }

@@ -35,7 +35,7 @@ fn backup_with(storage: Arc<dyn Storage>, disk: &[u8]) -> Result<Snapshot, RepoE
     let repo = Repository::open(storage)?;
     let session = repo.begin(&SessionOptions {
         remembered: 4,
-        ..small_session()
+        ..crate::resume::checkpointed(1)
     })?;
     let (root, _) = store_disk(&session, disk)?;
     session.commit(draft("disk", disk.len() as u64, root))

@@ -14,6 +14,7 @@ mod interleave;
 mod map_model;
 mod prune;
 mod races;
+mod resume;
 mod round_trip;
 mod scale;
 mod scheduler;

@@ -14,6 +14,7 @@ use crate::support::*;
 pub(crate) fn at_once() -> PruneOptions {
     PruneOptions {
         max_unused_percent: 0.0,
+        max_freed_percent: 100,
         undelete_window: Duration::ZERO,
         now_unix_nanos: 10,
         pack_bytes: 200 << 10,
@@ -333,6 +334,39 @@ fn prune_refuses_to_lose_what_it_does_not_understand() {
     let repo = Repository::open(Arc::new(copy())).unwrap();
     let held = repo.prune(&brake);
     assert!(matches!(held, Err(RepoError::TooMuch { .. })), "{held:?}");
+}
+
+#[test]
+fn brake_holds_for_what_forgotten_snapshots_held_and_for_nothing_else() {
+    let brake = PruneOptions {
+        max_freed_percent: PruneOptions::default().max_freed_percent,
+        ..at_once()
+    };
+    let (storage, repo) = new_repo();
+    let kept = backup(&repo, &noise(1, 16)).unwrap().id;
+    let small = backup(&repo, &noise(2, 4)).unwrap().id;
+    let large = backup(&repo, &noise(3, 12)).unwrap().id;
+    // More than half of all is of a session that was killed: nobody ever named it.
+    let dead = repo.begin(&small_session()).unwrap();
+    store_disk(&dead, &noise(4, 40)).unwrap();
+    drop(dead);
+    repo.forget(&[small], 1).unwrap();
+    let pruned = repo.prune(&brake).unwrap();
+    assert_eq!(pruned.snapshots_removed, 1);
+    assert!(repo_bytes(&storage) < 30 * CHUNK as u64);
+    // Twelve chunks of 28 are too much, whether packs of theirs go whole or in part.
+    repo.forget(&[large], 1).unwrap();
+    for _ in 0..2 {
+        let before = names(&storage);
+        let held = repo.prune(&brake);
+        let Err(RepoError::TooMuch { freed_bytes, .. }) = held else {
+            panic!("{held:?}");
+        };
+        assert!(freed_bytes > 12 * CHUNK as u64, "{freed_bytes}");
+        assert_eq!(names(&storage), before);
+    }
+    assert_eq!(repo.prune(&at_once()).unwrap().snapshots_removed, 1);
+    assert!(restore(&repo, &kept).unwrap() == noise(1, 16));
 }
 
 #[test]

@@ -77,6 +77,7 @@ async fn run_until(
         starts,
         connections: args.connections,
         retry_time: Duration::from_secs_f64(args.retry_time),
+        checkpoint_interval_bytes: args.checkpoint_interval,
         compression,
         verify_writes: !args.no_verify_writes,
     };

@@ -30,16 +30,18 @@ pub(super) async fn run(global: &Global, args: Forget) -> Result<Outcome, Engine
         snapshots: args.snapshots,
         force: args.force,
         dry_run: args.dry_run,
-        prune: args.prune.then(|| prune_request(&args.how, args.dry_run)),
+        prune: args
+            .prune
+            .then(|| prune_request(&args.how, args.dry_run, args.force)),
     };
     catalog.forget(request).await.map(Outcome::Forget)
 }
 
-/// Reads how to prune.
-pub(super) fn prune_request(args: &PruneArgs, dry_run: bool) -> PruneRequest {
+/// Reads how to prune; `force` lets the brake go.
+pub(super) fn prune_request(args: &PruneArgs, dry_run: bool, force: bool) -> PruneRequest {
     PruneRequest {
         max_unused_percent: args.max_unused,
-        max_freed_percent: args.max_freed,
+        max_freed_percent: if force { 100 } else { args.max_freed },
         undelete_window: args.undelete_window,
         dry_run,
     }

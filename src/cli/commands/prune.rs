@@ -7,7 +7,7 @@ use crate::engine::EngineError;
 use crate::report::Outcome;
 
 pub(super) async fn run(global: &Global, args: &Prune) -> Result<Outcome, EngineError> {
-    let request = prune_request(&args.how, args.dry_run);
+    let request = prune_request(&args.how, args.dry_run, args.force);
     config::open(global)
         .await?
         .prune(request)

@@ -1,6 +1,7 @@
 //! What a fuzzer calls with any bytes, for each format at rest: put into a file whose checksums fit, or no field is ever
 //! reached.
 
+use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::filter::{Filter, FilterShape};
 use super::generation::{Beat, Condemned, Sweep};
@@ -119,6 +120,13 @@ pub fn format(data: &[u8]) {
             }
         }
         13 => filter(bytes),
+        14 => small(
+            FileKind::Checkpoint,
+            bytes,
+            mac,
+            |file| Checkpoint::decode(file, &keys),
+            |checkpoint| checkpoint.encode(&keys).ok(),
+        ),
         _ => {}
     }
 }

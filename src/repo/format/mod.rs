@@ -12,6 +12,7 @@
     )
 )]
 
+pub(crate) mod checkpoint;
 pub(crate) mod config;
 pub(crate) mod cursor;
 pub(crate) mod envelope;
@@ -56,6 +57,7 @@ pub(crate) enum FileKind {
     Forgotten,
     Bad,
     Verified,
+    Checkpoint,
 }
 
 impl FileKind {
@@ -75,6 +77,7 @@ impl FileKind {
             Self::Forgotten => 12,
             Self::Bad => 13,
             Self::Verified => 14,
+            Self::Checkpoint => 15,
         }
     }
 }

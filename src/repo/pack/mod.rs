@@ -160,6 +160,16 @@ impl Packs {
         self.sealer.drain()
     }
 
+    /// The bytes of the packs that are published.
+    pub(crate) fn written_bytes(&self) -> u64 {
+        self.sealer.written_bytes()
+    }
+
+    /// Returns the packs that were published after the first `known`.
+    pub(crate) fn written_after(&self, known: usize) -> Vec<(PackKind, PackId)> {
+        self.sealer.written_after(known)
+    }
+
     /// Waits until the packs that were closed are published.
     pub(crate) fn drain(&self) -> Result<(), RepoError> {
         self.sealer.drain().map(drop)

@@ -7,6 +7,8 @@ use std::thread::{self, JoinHandle};
 
 use super::{OpenPack, lock};
 use crate::repo::error::RepoError;
+use crate::repo::format::pack::PackKind;
+use crate::repo::ids::PackId;
 use crate::repo::snapshot::WrittenPack;
 
 /// Seals packs one after the other and keeps the session's first failure.
@@ -72,6 +74,18 @@ impl Sealer {
         lock(&self.shared.state).published.clone()
     }
 
+    /// The bytes of the packs that were published.
+    pub(super) fn written_bytes(&self) -> u64 {
+        lock(&self.shared.state).written_bytes
+    }
+
+    /// Returns the packs that were published after the first `known`.
+    pub(super) fn written_after(&self, known: usize) -> Vec<(PackKind, PackId)> {
+        let state = lock(&self.shared.state);
+        let later = state.written.iter().skip(known);
+        later.map(|pack| (pack.kind, pack.id)).collect()
+    }
+
     pub(super) fn check(&self) -> Result<(), RepoError> {
         match &lock(&self.shared.state).failure {
             Some(failure) => Err(failure.clone()),
@@ -107,6 +121,7 @@ struct Shared {
 struct State {
     waiting: usize,
     written: Vec<WrittenPack>,
+    written_bytes: u64,
     published: HashSet<u32>,
     failure: Option<RepoError>,
     abandoned: bool,
@@ -135,6 +150,7 @@ fn seal_all(shared: &Shared, packs: &Receiver<Box<OpenPack>>) {
         state.waiting -= 1;
         match result {
             Some(Ok(written)) => {
+                state.written_bytes += written.len;
                 state.written.push(written);
                 state.published.insert(number);
             }

@@ -25,7 +25,7 @@ use plan::Plan;
 pub struct PruneOptions {
     /// The part of all stored bytes that may stay although nobody needs them, in percent.
     pub max_unused_percent: f64,
-    /// The part of all stored bytes that may be freed, in percent, as a brake.
+    /// The part of all stored bytes that may be freed for forgotten snapshots, in percent, as a brake; 100 for none.
     pub max_freed_percent: u8,
     /// How long a forgotten snapshot can be had back.
     pub undelete_window: Duration,
@@ -41,7 +41,7 @@ impl Default for PruneOptions {
     fn default() -> Self {
         Self {
             max_unused_percent: 10.0,
-            max_freed_percent: 100,
+            max_freed_percent: 25,
             undelete_window: Duration::from_secs(7 * 24 * 3600),
             now_unix_nanos: 0,
             dry_run: false,
@@ -125,7 +125,7 @@ impl Repository {
                 Ok(Turn::Again) => {}
                 Ok(Turn::Last) if options.dry_run => return Ok(run.pruned),
                 Ok(Turn::Last) => {
-                    self.end_prune(no_room)?;
+                    self.end_prune(options, no_room)?;
                     return Ok(run.pruned);
                 }
                 // A segment that another prune merged and removed.
@@ -148,8 +148,9 @@ impl Repository {
         generations::load(&**self.storage(), self.keys().mac())
     }
 
-    fn end_prune(&self, no_room: bool) -> Result<(), RepoError> {
+    fn end_prune(&self, options: &PruneOptions, no_room: bool) -> Result<(), RepoError> {
         generations::tidy(&**self.storage())?;
+        sweep::remove_checkpoints(self, options)?;
         sweep::remove_idle_marks(self)?;
         self.tidy_bad()?;
         if !no_room {
@@ -207,7 +208,7 @@ impl Run<'_> {
             return Ok(Turn::Last);
         }
         let mut plan = Plan::make(repo, options, &Sweep::default(), self.no_room)?;
-        plan.brake(options)?;
+        plan.brake(repo, options)?;
         let condemned = plan.carry_out(repo, options, &mut self.pruned)?;
         if condemned.packs.is_empty() && condemned.dropped.is_empty() {
             return Ok(Turn::Last);

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::mark::{Holdings, Keepers, Kept, join, needed_by};
 use super::{PruneOptions, Pruned, blockers, repack, sweep};
+use crate::repo::checkpoint;
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::{Condemned, PackName, Sweep};
@@ -23,6 +24,8 @@ pub(super) struct Plan {
     /// The packs that are written anew, and what is needed of them.
     pub(super) repack: Vec<PackName>,
     kept: HashMap<PackName, Kept>,
+    /// The packs that checkpoints name, for runs that were interrupted.
+    checkpointed: HashSet<PackName>,
     /// For each pack that is written anew offset and length of the records that are needed of it, in order.
     pub(super) moving: HashMap<PackName, Vec<(u32, u32)>>,
     dropped: Vec<SnapshotId>,
@@ -37,14 +40,21 @@ impl Plan {
         gone: &Sweep,
         no_room: bool,
     ) -> Result<Self, RepoError> {
+        let checkpoints = checkpoint::list(repo)?;
         // Sessions first: what they commit meanwhile is then seen among the snapshots.
         let open = open_sessions(repo, options.dead())?;
         let mut drop = over(repo, options, &open)?;
         drop.extend(&gone.snapshots);
         let mut snapshots = Snapshots::load(repo, &drop)?;
-        snapshots.dropped.retain(|id| !gone.snapshots.contains(id));
+        let gone_snapshots: HashSet<&SnapshotId> = gone.snapshots.iter().collect();
+        snapshots.dropped.retain(|id| !gone_snapshots.contains(id));
+        let (window, now) = (options.undelete_window, options.now_unix_nanos);
+        let roots = &snapshots.roots;
+        let checkpointed = checkpoint::sort(repo, &checkpoints, &open, roots, window, now)?.packs;
         let mut packs = list_packs(repo)?;
-        packs.retain(|name, _| !gone.packs.contains(name));
+        for name in &gone.packs {
+            packs.remove(name);
+        }
         repo.index().refresh()?;
         let mut needed = needed_by(repo, &snapshots.roots)?;
         let usable = |name: &PackName, place: &Place| is_whole(&packs, name, place);
@@ -59,13 +69,14 @@ impl Plan {
             }
         })?
         .check(repo)?;
-        let mut useless = useless(repo, &packs, &holdings, &open);
+        let mut useless = useless(repo, &packs, &holdings, &checkpointed, &open);
         useless.retain(|name| may_go.includes(name));
         let mut plan = Self {
             useless,
             repack: Vec::new(),
             moving: HashMap::new(),
             kept: holdings.kept,
+            checkpointed,
             packs,
             dropped: snapshots.dropped,
             roots: snapshots.roots.iter().map(|s| s.id).collect(),
@@ -97,13 +108,24 @@ impl Plan {
     /// Fails when this would free more than was allowed.
     ///
     /// What no snapshot ever named may always go.
-    pub(super) fn brake(&self, options: &PruneOptions) -> Result<(), RepoError> {
+    pub(super) fn brake(&self, repo: &Repository, options: &PruneOptions) -> Result<(), RepoError> {
         if self.dropped.is_empty() {
             return Ok(());
         }
         let total_bytes = self.total_bytes();
-        let freed_bytes = self.useless_bytes();
         let most = u128::from(total_bytes) * u128::from(options.max_freed_percent) / 100;
+        // The dropped snapshots' maps are gone through only when it matters which packs are theirs.
+        if u128::from(self.freed_bytes(|_| true)) <= most {
+            return Ok(());
+        }
+        let freed_bytes = match self.packs_of_dropped(repo) {
+            Ok(theirs) => self.freed_bytes(|name| theirs.contains(name)),
+            Err(error @ RepoError::Io { .. }) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "all that is freed counts as that of forgotten snapshots");
+                self.freed_bytes(|_| true)
+            }
+        };
         match u128::from(freed_bytes) > most {
             true => Err(RepoError::TooMuch {
                 freed_bytes,
@@ -112,6 +134,28 @@ impl Plan {
             }),
             false => Ok(()),
         }
+    }
+
+    /// The bytes that are freed in those packs that `counts` accepts.
+    fn freed_bytes(&self, counts: impl Fn(&PackName) -> bool) -> u64 {
+        let useless = self.useless.iter().filter(|name| counts(name));
+        let removed: u64 = useless.filter_map(|name| self.packs.get(name)).sum();
+        let repack = self.repack.iter().filter(|name| counts(name));
+        removed + repack.map(|name| self.unused(name)).sum::<u64>()
+    }
+
+    /// Finds the packs that hold something of the snapshots that are dropped.
+    fn packs_of_dropped(&self, repo: &Repository) -> Result<HashSet<PackName>, RepoError> {
+        let dropped = self.dropped.iter().map(|id| repo.snapshot(id));
+        let dropped: Vec<Snapshot> = dropped.collect::<Result<_, _>>()?;
+        let mut theirs = HashSet::new();
+        let mut ids = needed_by(repo, &dropped)?;
+        let usable = |name: &PackName, place: &Place| is_whole(&self.packs, name, place);
+        // What is missing cannot be freed.
+        join(repo, &mut ids, &usable, &mut |places| {
+            theirs.extend(places.iter().map(|(name, _)| *name));
+        })?;
+        Ok(theirs)
     }
 
     /// Writes anew what is to be, and says what is condemned then.
@@ -138,7 +182,8 @@ impl Plan {
 
     fn report(&self, pruned: &mut Pruned) {
         pruned.total_bytes = self.total_bytes();
-        let stays = |name: &&PackName| !self.useless.contains(name) && !self.repack.contains(name);
+        let goes: HashSet<&PackName> = self.useless.iter().chain(&self.repack).collect();
+        let stays = |name: &&PackName| !goes.contains(name) && !self.checkpointed.contains(*name);
         let unused = self
             .packs
             .keys()
@@ -173,7 +218,7 @@ impl Plan {
         let mut partly: Vec<(PackName, u64, u64)> = self
             .kept
             .keys()
-            .filter(|name| !useless.contains(*name))
+            .filter(|name| !useless.contains(*name) && !self.checkpointed.contains(*name))
             .map(|name| {
                 (
                     *name,
@@ -350,17 +395,18 @@ pub(super) fn is_whole(packs: &HashMap<PackName, u64>, name: &PackName, place: &
     packs.get(name).is_some_and(|len| end <= *len)
 }
 
-/// Finds the packs of which nothing is kept, but not those of sessions that are still writing.
+/// Finds the packs of which nothing is kept, but not those of sessions that are still writing, nor those of checkpoints.
 fn useless(
     repo: &Repository,
     packs: &HashMap<PackName, u64>,
     holdings: &Holdings,
+    checkpointed: &HashSet<PackName>,
     open: &[OpenSession],
 ) -> Vec<PackName> {
     let writing: HashSet<SnapshotId> = open.iter().map(|s| s.id).collect();
     let mut useless: Vec<PackName> = packs
         .keys()
-        .filter(|name| !holdings.kept.contains_key(*name))
+        .filter(|name| !holdings.kept.contains_key(*name) && !checkpointed.contains(*name))
         .filter(|name| match writer_of(repo, name) {
             // Waiting for its session would be of no use: it will be needed, or is garbage then.
             Some(session) => !writing.contains(&session),

@@ -2,9 +2,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::Pruned;
 use super::mark::{join, needed_beyond};
 use super::plan::{Snapshots, is_whole, list_packs};
+use super::{PruneOptions, Pruned};
+use crate::repo::checkpoint;
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::forget::{Forgotten, mark_file};
@@ -150,6 +151,27 @@ pub(super) fn report_finish(
         pruned.snapshots_removed += u64::from(repo.storage().len(&file_name(id)).is_ok());
     }
     Ok(sweep)
+}
+
+/// Removes the checkpoints that no run continues from any more.
+pub(super) fn remove_checkpoints(
+    repo: &Repository,
+    options: &PruneOptions,
+) -> Result<(), RepoError> {
+    let found = checkpoint::list(repo)?;
+    if found.is_empty() {
+        return Ok(());
+    }
+    let open = open_sessions(repo, Dead::LeaveOut)?;
+    let snapshots = match Snapshots::load(repo, &HashSet::new()) {
+        Ok(snapshots) => snapshots.roots,
+        // What an unreadable snapshot is of nobody knows.
+        Err(RepoError::SnapshotsUnreadable { .. }) => return Ok(()),
+        Err(other) => return Err(other),
+    };
+    let (window, now) = (options.undelete_window, options.now_unix_nanos);
+    let sorted = checkpoint::sort(repo, &found, &open, &snapshots, window, now)?;
+    checkpoint::remove_over(repo, &sorted)
 }
 
 /// Removes the marks of removed snapshots that no chain of bitmaps can come to any more.
