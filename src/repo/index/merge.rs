@@ -1,6 +1,7 @@
 //! Going through sorted segments together, and merging them into one.
 
-use std::collections::{HashMap, HashSet};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::super::chunk::Place;
@@ -54,6 +55,8 @@ pub(super) fn merge(
 pub(crate) struct Merged<'a> {
     storage: &'a dyn Storage,
     streams: Vec<Stream>,
+    /// The next entry of each stream that has one, with the stream's number.
+    heads: BinaryHeap<Reverse<(SegmentEntry, usize)>>,
     packs: Vec<(PackKind, PackId)>,
     last: Option<SegmentEntry>,
 }
@@ -80,14 +83,19 @@ impl<'a> Merged<'a> {
                     })
                 })
                 .collect();
-            streams.push(Stream::open(storage, segment, mapped)?);
+            streams.push(Stream::new(segment, mapped));
         }
-        Ok(Self {
+        let mut merged = Self {
             storage,
+            heads: BinaryHeap::with_capacity(streams.len()),
             streams,
             packs,
             last: None,
-        })
+        };
+        for number in 0..merged.streams.len() {
+            merged.advance(number)?;
+        }
+        Ok(merged)
     }
 
     /// The packs that entries name by their numbers.
@@ -98,21 +106,23 @@ impl<'a> Merged<'a> {
     /// Returns the next entry; the same record of two segments comes once.
     pub(crate) fn next(&mut self) -> Result<Option<SegmentEntry>, RepoError> {
         loop {
-            let least = self
-                .streams
-                .iter_mut()
-                .filter(|s| s.next.is_some())
-                .min_by_key(|s| s.next);
-            let Some(stream) = least else {
+            let Some(Reverse((entry, number))) = self.heads.pop() else {
                 return Ok(None);
             };
-            let entry = stream.take(self.storage)?;
+            self.advance(number)?;
             // Another place of the same identifier is kept.
-            if entry != self.last {
-                self.last = entry;
-                return Ok(entry);
+            if self.last != Some(entry) {
+                self.last = Some(entry);
+                return Ok(self.last);
             }
         }
+    }
+
+    fn advance(&mut self, number: usize) -> Result<(), RepoError> {
+        if let Some(entry) = self.streams[number].next(self.storage)? {
+            self.heads.push(Reverse((entry, number)));
+        }
+        Ok(())
     }
 }
 
@@ -122,42 +132,31 @@ struct Stream {
     packs: Vec<u32>,
     page: u64,
     entries: std::vec::IntoIter<SegmentEntry>,
-    next: Option<SegmentEntry>,
 }
 
 impl Stream {
-    fn open(
-        storage: &dyn Storage,
-        segment: Arc<Segment>,
-        packs: Vec<u32>,
-    ) -> Result<Self, RepoError> {
-        let mut stream = Self {
+    fn new(segment: Arc<Segment>, packs: Vec<u32>) -> Self {
+        Self {
             segment,
             packs,
             page: 0,
             entries: Vec::new().into_iter(),
-            next: None,
-        };
-        stream.take(storage)?;
-        Ok(stream)
+        }
     }
 
-    fn take(&mut self, storage: &dyn Storage) -> Result<Option<SegmentEntry>, RepoError> {
+    fn next(&mut self, storage: &dyn Storage) -> Result<Option<SegmentEntry>, RepoError> {
         let mut next = self.entries.next();
         while next.is_none() && self.page < self.segment.page_count() {
             self.entries = self.segment.page(storage, self.page)?.into_iter();
             self.page += 1;
             next = self.entries.next();
         }
-        let next = match next {
-            None => None,
-            Some(entry) => {
-                // Checks that the number is in the table.
-                let (_, Place { .. }) = self.segment.place(&entry)?;
-                let pack = self.packs[entry.pack as usize];
-                Some(SegmentEntry { pack, ..entry })
-            }
+        let Some(entry) = next else {
+            return Ok(None);
         };
-        Ok(std::mem::replace(&mut self.next, next))
+        // Checks that the number is in the table.
+        let (_, Place { .. }) = self.segment.place(&entry)?;
+        let pack = self.packs[entry.pack as usize];
+        Ok(Some(SegmentEntry { pack, ..entry }))
     }
 }

@@ -1,5 +1,7 @@
 //! A sorted set of identifiers that may be larger than memory: runs are sorted, spilled to a file, and merged.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 
@@ -68,77 +70,77 @@ pub(crate) struct SortedIds {
 impl SortedIds {
     /// Goes through all from the start.
     pub(crate) fn iter(&mut self) -> Result<Ids<'_>, RepoError> {
-        let mut heads = Vec::with_capacity(self.runs.len() + 1);
+        let mut runs = Vec::with_capacity(self.runs.len() + 1);
         for file in &mut self.runs {
             file.seek(SeekFrom::Start(0)).map_err(failed)?;
-            heads.push(Run::file(file)?);
+            runs.push(Run::file(file));
         }
-        heads.push(Run::memory(&self.run));
-        Ok(Ids { runs: heads })
+        runs.push(Run::Memory(self.run.iter()));
+        let mut ids = Ids {
+            heads: BinaryHeap::with_capacity(runs.len()),
+            runs,
+        };
+        for number in 0..ids.runs.len() {
+            ids.advance(number)?;
+        }
+        Ok(ids)
     }
 }
 
 /// Goes through identifiers in order.
 pub(crate) struct Ids<'a> {
     runs: Vec<Run<'a>>,
+    /// The next identifier of each run that has one, with the run's number.
+    heads: BinaryHeap<Reverse<(Prefix, usize)>>,
 }
 
 impl Ids<'_> {
     pub(crate) fn next(&mut self) -> Result<Option<Prefix>, RepoError> {
-        let Some(next) = self.runs.iter().filter_map(|r| r.head).min() else {
+        let Some(Reverse((next, number))) = self.heads.pop() else {
             return Ok(None);
         };
-        for run in &mut self.runs {
-            if run.head == Some(next) {
-                run.advance()?;
+        self.advance(number)?;
+        while let Some(Reverse((same, number))) = self.heads.peek().copied() {
+            if same != next {
+                break;
             }
+            self.heads.pop();
+            self.advance(number)?;
         }
         Ok(Some(next))
     }
+
+    fn advance(&mut self, number: usize) -> Result<(), RepoError> {
+        if let Some(id) = self.runs[number].next()? {
+            self.heads.push(Reverse((id, number)));
+        }
+        Ok(())
+    }
 }
 
-/// A sorted run, with the first of what is left.
-struct Run<'a> {
-    head: Option<Prefix>,
-    rest: Rest<'a>,
-}
-
-enum Rest<'a> {
+/// What is left of a sorted run.
+enum Run<'a> {
     Memory(std::slice::Iter<'a, Prefix>),
     File(BufReader<&'a mut File>),
 }
 
 impl<'a> Run<'a> {
-    fn memory(run: &'a [Prefix]) -> Self {
-        let mut rest = run.iter();
-        Self {
-            head: rest.next().copied(),
-            rest: Rest::Memory(rest),
-        }
+    fn file(file: &'a mut File) -> Self {
+        Self::File(BufReader::with_capacity(BUFFER, file))
     }
 
-    fn file(file: &'a mut File) -> Result<Self, RepoError> {
-        let mut run = Self {
-            head: None,
-            rest: Rest::File(BufReader::with_capacity(BUFFER, file)),
-        };
-        run.advance()?;
-        Ok(run)
-    }
-
-    fn advance(&mut self) -> Result<(), RepoError> {
-        self.head = match &mut self.rest {
-            Rest::Memory(rest) => rest.next().copied(),
-            Rest::File(file) => {
+    fn next(&mut self) -> Result<Option<Prefix>, RepoError> {
+        match self {
+            Self::Memory(rest) => Ok(rest.next().copied()),
+            Self::File(file) => {
                 let mut bytes = [0; 16];
                 match file.read_exact(&mut bytes) {
-                    Ok(()) => Some(Prefix::from_le_bytes(bytes)),
-                    Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => None,
-                    Err(e) => return Err(failed(e)),
+                    Ok(()) => Ok(Some(Prefix::from_le_bytes(bytes))),
+                    Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+                    Err(e) => Err(failed(e)),
                 }
             }
-        };
-        Ok(())
+        }
     }
 }
 
