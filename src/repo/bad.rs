@@ -265,7 +265,7 @@ impl Walk<'_> {
             true => None,
             false => match self.repo.nodes().load(node, level) {
                 Ok(loaded) => Some(loaded),
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(_) => None,
             },
         };

@@ -192,6 +192,12 @@ pub enum RepoError {
 }
 
 impl RepoError {
+    /// Whether the medium cannot read this any more, which is as bad as wrong bytes; other refusals may pass.
+    pub(crate) fn is_bad_medium(&self) -> bool {
+        let eio = Some(rustix::io::Errno::IO.raw_os_error());
+        matches!(self, Self::Io { source, .. } if source.raw_os_error() == eio)
+    }
+
     /// Makes an [`RepoError::Io`]; `what` follows "cannot".
     pub(crate) fn io(what: impl Into<String>, source: io::Error) -> Self {
         Self::Io {

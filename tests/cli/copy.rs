@@ -1,5 +1,7 @@
 //! Copying snapshots to another repository.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::support::MIB;
@@ -103,4 +105,43 @@ fn damaged_snapshot_is_named_and_the_others_are_copied() {
     assert_eq!(result["status"], "damaged");
     assert_eq!(count(&result["copied"]), 1, "{result}");
     assert_eq!(text(&result["failed"][0], "what"), first);
+}
+
+#[test]
+fn copy_killed_anywhere_is_gone_on_with_and_what_it_committed_is_whole() {
+    let lab = Lab::new();
+    let images: Vec<String> = (0..3)
+        .map(|n| lab.raw(&format!("{n}.raw"), 16 * MIB, n))
+        .collect();
+    for (n, image) in images.iter().enumerate() {
+        lab.run(&["full", image, "--name", &format!("web{n}")])
+            .result();
+    }
+    let (other, key) = target(&lab, &[]);
+    let copy = ["copy", "--to", &other, "--to-key-file", &key];
+    let there = |args: &[&str]| {
+        let base = ["--json", "--repo", &other, "--key-file", &key];
+        run(&[&base[..], args].concat())
+    };
+    let copied = || count(&there(&["snapshots"]).result()["snapshots"]);
+    // Later and later, until one comes to its end.
+    let mut after = Duration::from_millis(1);
+    let (mut killed, mut before) = (0, 0);
+    while lab.start(&copy).kill_after(after) {
+        killed += 1;
+        after = after * 3 / 2;
+        let now = copied();
+        assert!(now >= before, "a copied snapshot is gone");
+        before = now;
+        there(&["check", "--read-data"]).result();
+    }
+    assert!(killed > 1, "no copy was killed before its end");
+    let done = lab.run(&copy).result();
+    assert_eq!((count(&done["copied"]), count(&done["skipped"])), (0, 3));
+    assert_eq!(copied(), 3);
+    for (n, image) in images.iter().enumerate() {
+        let to = lab.file(&format!("restored-{n}"));
+        there(&["restore", &format!("web{n}@latest"), "--to", &to]).result();
+        crate::support::disk::assert_same(&to, image);
+    }
 }

@@ -70,6 +70,13 @@ fn stages_of_a_backup_tell_where_its_time_went() {
         assert!(busy > 0.0, "{stage}");
         assert!((depth * duration - busy).abs() < 1e-6, "{stage}");
     }
+    let other = lab.raw("other.raw", MIB, 8);
+    let result = lab.backup("full", &other, &["--no-verify-writes"]);
+    let verify = &result["stages"][6];
+    assert_eq!(
+        (text(verify, "stage"), verify["busy_seconds"].as_f64()),
+        ("verify".to_owned(), Some(0.0))
+    );
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod golden;
 mod growth;
 mod interleave;
 mod map_model;
+mod medium;
 mod prune;
 mod races;
 mod resume;

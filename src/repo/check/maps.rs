@@ -122,7 +122,7 @@ impl Walk<'_, '_> {
         }
         let loaded = match self.check.repo.nodes().load(node, level) {
             Ok(loaded) => loaded,
-            Err(error @ RepoError::Io { .. }) => return Err(error),
+            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
             // Named with its range later.
             Err(_) => return Ok(()),
         };
@@ -167,7 +167,7 @@ impl Naming<'_, '_> {
         }
         let loaded = match self.check.repo.nodes().load(node, level) {
             Ok(loaded) => loaded,
-            Err(error @ RepoError::Io { .. }) => return Err(error),
+            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
             Err(error) => {
                 tracing::error!(%error, "a map node is lost");
                 let chunks = first..first.saturating_add(span_of(level));

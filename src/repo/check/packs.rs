@@ -94,7 +94,9 @@ impl Packs {
                     }
                     // Removed since it was listed.
                     Err(RepoError::Missing { .. }) => continue,
-                    Err(error @ RepoError::Io { .. }) => return Err(error),
+                    Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => {
+                        return Err(error);
+                    }
                     // Known, and no damage unless a snapshot needs it.
                     Err(_) if check.bad.is_whole(&name) => {}
                     Err(error) => {
@@ -166,7 +168,13 @@ impl Check<'_> {
             found: Mutex::default(),
         };
         reading.all()?;
-        let (slots, whole) = reading.into_found();
+        let (slots, whole, unreadable) = reading.into_found();
+        for (name, error) in unreadable {
+            self.found.fault(name.0.file_name(&name.1), &error);
+            self.marks.add_whole(name);
+            self.marked_packs.insert(name);
+            packs.whole.remove(&name);
+        }
         self.found.read_packs = chosen.len() as u64;
         self.found.read_bytes = total;
         for (name, entry, error) in slots {
@@ -210,6 +218,9 @@ fn as_written(footer: Footer, written: Option<&[u8; 32]>, file: &str) -> Result<
 
 type BadSlot = (PackName, FooterEntry, RepoError);
 
+/// The records that are damaged, the packs that were read, and those whose footers went bad meanwhile.
+type Found = (Vec<BadSlot>, Vec<PackName>, Vec<(PackName, RepoError)>);
+
 /// Packs that are read by several threads.
 struct Reading<'a> {
     repo: &'a Repository,
@@ -219,7 +230,7 @@ struct Reading<'a> {
     done: AtomicU64,
     total: u64,
     progress: &'a (dyn Fn(u64, u64) + Sync),
-    found: Mutex<(Vec<BadSlot>, Vec<PackName>)>,
+    found: Mutex<Found>,
 }
 
 impl Reading<'_> {
@@ -251,7 +262,12 @@ impl Reading<'_> {
             Ok(footer) => footer,
             // A prune removed it meanwhile.
             Err(RepoError::Missing { .. }) => return Ok(()),
-            Err(other) => return Err(other),
+            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+            Err(error) => {
+                let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+                found.2.push((*name, error));
+                return Ok(());
+            }
         };
         let mut damaged = Vec::new();
         for entry in &footer.entries {
@@ -268,12 +284,15 @@ impl Reading<'_> {
         Ok(())
     }
 
-    fn into_found(self) -> (Vec<BadSlot>, Vec<PackName>) {
-        let (mut slots, whole) = self
+    fn into_found(self) -> Found {
+        let mut found = self
             .found
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
-        slots.sort_by_key(|(name, entry, _)| (*name, entry.offset));
-        (slots, whole)
+        found
+            .0
+            .sort_by_key(|(name, entry, _)| (*name, entry.offset));
+        found.2.sort_by_key(|(name, _)| *name);
+        found
     }
 }

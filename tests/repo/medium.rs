@@ -1,0 +1,228 @@
+//! What a medium does over time: sectors that it cannot read any more, and files of old that are back.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use nbdbackup::repo::{
+    CheckOptions, Checked, FileInfo, Hold, MemoryStorage, NewFile, RepoError, Repository,
+    SnapshotId, Storage, StorageError,
+};
+
+use crate::prune::{at_once, noise};
+use crate::support::*;
+
+/// Storage of which one range cannot be read.
+#[derive(Debug)]
+struct BadSector {
+    inner: MemoryStorage,
+    file: String,
+    range: Range<u64>,
+    errno: i32,
+}
+
+impl BadSector {
+    fn call(&self, name: &str, range: Range<u64>) -> Result<(), StorageError> {
+        if name != self.file || range.start >= self.range.end || range.end <= self.range.start {
+            return Ok(());
+        }
+        let error = std::io::Error::from_raw_os_error(self.errno);
+        Err(StorageError::from_io("read", name, error))
+    }
+}
+
+impl Storage for BadSector {
+    fn create(&self) -> Result<Box<dyn NewFile>, StorageError> {
+        self.inner.create()
+    }
+
+    fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, StorageError> {
+        self.call(name, 0..u64::MAX)?;
+        self.inner.read(name, limit)
+    }
+
+    fn read_at(&self, name: &str, at: u64, buf: &mut [u8]) -> Result<(), StorageError> {
+        self.call(name, at..at + buf.len() as u64)?;
+        self.inner.read_at(name, at, buf)
+    }
+
+    fn len(&self, name: &str) -> Result<u64, StorageError> {
+        self.inner.len(name)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<FileInfo>, StorageError> {
+        self.inner.list(prefix)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), StorageError> {
+        self.inner.remove(name)
+    }
+
+    fn barrier(&self) -> Result<(), StorageError> {
+        self.inner.barrier()
+    }
+
+    fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
+        self.inner.hold(name)
+    }
+
+    fn is_held(&self, name: &str) -> Result<Option<bool>, StorageError> {
+        self.inner.is_held(name)
+    }
+
+    fn sweep(&self) -> Result<u64, StorageError> {
+        self.inner.sweep()
+    }
+
+    fn place(&self) -> String {
+        self.inner.place()
+    }
+}
+
+const EIO: i32 = 5;
+const ESTALE: i32 = 116;
+
+fn check(repo: &Repository, repair: bool) -> Result<Checked, RepoError> {
+    let options = CheckOptions {
+        read_data_percent: Some(100.0),
+        repair,
+        now_unix_nanos: 5,
+    };
+    repo.check(&options, &|_, _| {})
+}
+
+fn copy(storage: &MemoryStorage) -> MemoryStorage {
+    storage.after_power_failure(|_| true)
+}
+
+#[test]
+fn sector_of_any_pack_that_cannot_be_read_is_damage_that_the_next_backup_heals() {
+    let (whole, repo) = new_repo();
+    let disk = noise(1, 3);
+    let id = backup(&repo, &disk).unwrap().id;
+    drop(repo);
+    let packs = [whole.list("packs/").unwrap(), whole.list("meta/").unwrap()].concat();
+    assert_eq!(packs.len(), 2);
+    for pack in packs {
+        // The header, a record, the footer, the trailer.
+        for at in [0, 100, pack.len - 60, pack.len - 1] {
+            let what = format!("{} at {at}", pack.name);
+            let storage = copy(&whole);
+            let bad = |errno| -> Arc<dyn Storage> {
+                Arc::new(BadSector {
+                    inner: storage.clone(),
+                    file: pack.name.clone(),
+                    range: at..at + 1,
+                    errno,
+                })
+            };
+            let found = check(&Repository::open(bad(EIO)).unwrap(), false).unwrap();
+            assert!(!found.is_whole(), "{what}");
+            let named = found.files.iter().any(|f| f.file == pack.name);
+            assert!(named, "{what}: {found:?}");
+            // Whoever cannot reach the storage says nothing about it, but for records, which are marked at most.
+            if at != 100 {
+                let failed = check(&Repository::open(bad(ESTALE)).unwrap(), true);
+                assert!(matches!(failed, Err(RepoError::Io { .. })), "{what}");
+            }
+            check(&Repository::open(bad(EIO)).unwrap(), true).unwrap();
+            let repo = Repository::open(bad(EIO)).unwrap();
+            backup(&repo, &disk).unwrap();
+            let repo = Repository::open(bad(EIO)).unwrap();
+            assert!(restore(&repo, &id).unwrap() == disk, "{what}");
+            let found = check(&repo, true).unwrap();
+            assert_eq!(found.ranges_total, 0, "{what}: {found:?}");
+        }
+    }
+}
+
+#[test]
+fn file_that_is_back_is_noticed_or_does_no_harm() {
+    for encrypted in [false, true] {
+        let (storage, repo) = match encrypted {
+            true => new_encrypted_repo(),
+            false => new_repo(),
+        };
+        // A life in which files of each kind came and went.
+        let mut known: BTreeMap<SnapshotId, Vec<u8>> = BTreeMap::new();
+        let mut old: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        let mut keep = |storage: &MemoryStorage| {
+            for file in storage.list("").unwrap() {
+                old.insert(
+                    file.name.clone(),
+                    storage.read(&file.name, u64::MAX).unwrap(),
+                );
+            }
+        };
+        for n in 0..4 {
+            let disk = [noise(n, 3), noise(9, 2)].concat();
+            known.insert(backup(&repo, &disk).unwrap().id, disk);
+            keep(&storage);
+        }
+        let gone: Vec<SnapshotId> = known.keys().take(2).copied().collect();
+        for id in &gone {
+            check(&repo, false).unwrap();
+            repo.forget(&[*id], 1).unwrap();
+            keep(&storage);
+            let open_session = repo.begin(&small_session()).unwrap();
+            repo.prune(&at_once()).unwrap();
+            keep(&storage);
+            drop(open_session);
+            repo.prune(&at_once()).unwrap();
+            keep(&storage);
+        }
+        repo.merge_index(u64::MAX).unwrap();
+        check(&repo, true).unwrap();
+        drop(repo);
+
+        let mut kinds = std::collections::BTreeSet::new();
+        for (file, bytes) in &old {
+            if storage.read(file, u64::MAX).is_ok_and(|now| now == *bytes) {
+                continue;
+            }
+            kinds.insert(file.split('/').next().unwrap().to_owned());
+            let storage = copy(&storage);
+            storage.damage(file, bytes.clone());
+            let what = format!("{file}, encrypted {encrypted}");
+            let open = || open_any(Arc::new(storage.clone())).unwrap();
+            let whole = check(&open(), false).unwrap().is_whole();
+            let reads = |when: &str| {
+                let repo = open();
+                for snapshot in repo.snapshots().unwrap().snapshots {
+                    let Some(disk) = known.get(&snapshot.id) else {
+                        continue;
+                    };
+                    match restore(&repo, &snapshot.id) {
+                        Ok(read) => assert!(read == *disk, "{what}, {when}: wrong data"),
+                        // Only what was removed for good, and that is said.
+                        Err(error) => {
+                            assert!(gone.contains(&snapshot.id), "{what}, {when}: {error}");
+                            assert!(!whole, "{what}, {when}: a check finds nothing");
+                        }
+                    }
+                }
+                for id in known.keys().filter(|id| !gone.contains(id)) {
+                    assert!(restore(&repo, id).unwrap() == known[id], "{what}, {when}");
+                }
+            };
+            reads("at once");
+            // Of what was removed: nothing that is back may make anyone believe that it is still there.
+            let new = known[&gone[0]].clone();
+            let id = backup(&open(), &new).unwrap().id;
+            reads("after a backup");
+            for _ in 0..2 {
+                match open().prune(&at_once()) {
+                    Ok(_) => {}
+                    // What the returned snapshot needs is in no pack.
+                    Err(RepoError::RecordsMissing { .. }) => assert!(!whole, "{what}"),
+                    Err(error) => panic!("{what}: {error}"),
+                }
+                reads("after a prune");
+            }
+            assert!(restore(&open(), &id).unwrap() == new, "{what}");
+        }
+        for kind in ["gc", "idx", "meta", "packs", "sess", "snap", "verify"] {
+            assert!(kinds.contains(kind), "{kind} of {kinds:?}");
+        }
+    }
+}
