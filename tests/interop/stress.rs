@@ -1,4 +1,4 @@
-//! Writers, readers, forgets and prunes at once, many of them killed: what was stored and not forgotten stays whole.
+//! Writers, readers, forgets, prunes and checks at once, many of them killed: what was stored and not forgotten stays whole.
 //!
 //! `NBDBACKUP_STRESS_SECONDS` says for how long, `NBDBACKUP_STRESS_SEED` repeats the choices of a run, though not its
 //! timing.
@@ -147,6 +147,22 @@ impl Stress {
                 // Other prunes were always faster.
                 _ => drop((run.error(11), self.count("refused"))),
             }
+        }
+    }
+
+    /// Checks the repository, which is whole whatever the others are doing to it.
+    fn check(&self, who: u64) {
+        let mut random = self.random(who);
+        while !self.is_over() {
+            let args = match random.below(2) {
+                0 => &["check"][..],
+                _ => &["check", "--read-data"],
+            };
+            let Some(run) = self.run(&mut random, args) else {
+                continue;
+            };
+            run.result();
+            self.count("checked");
         }
     }
 
@@ -381,6 +397,7 @@ fn nothing_that_was_stored_and_not_forgotten_is_lost() {
         scope.spawn(move || all.prune(21));
         scope.spawn(move || all.read(30));
         scope.spawn(move || all.read(31));
+        scope.spawn(move || all.check(40));
     });
     stress.compare_all();
     let mut last = Value::Null;

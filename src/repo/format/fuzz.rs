@@ -5,6 +5,7 @@ use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::filter::{Filter, FilterShape};
 use super::generation::{Beat, Condemned, Sweep};
+use super::health::{BadPack, Verified};
 use super::key_slot::KeySlot;
 use super::node::Node;
 use super::pack::{PackHeader, PackKind, PackTrailer, decode_footer, encode_footer};
@@ -126,6 +127,20 @@ pub fn format(data: &[u8]) {
             mac,
             |file| Checkpoint::decode(file, &keys),
             |checkpoint| checkpoint.encode(&keys).ok(),
+        ),
+        15 => small(
+            FileKind::Bad,
+            bytes,
+            mac,
+            |file| BadPack::decode(file, mac),
+            |bad| bad.encode(mac).ok(),
+        ),
+        16 => small(
+            FileKind::Verified,
+            bytes,
+            mac,
+            |file| Verified::decode(file, mac),
+            |verified| verified.encode(mac).ok(),
         ),
         _ => {}
     }
