@@ -307,6 +307,7 @@ fn prune_frees_healed_packs_and_forgets_their_marks() {
         max_unused_percent: 0.0,
         undelete_window: std::time::Duration::ZERO,
         now_unix_nanos: 10,
+        max_freed_percent: 100,
         ..PruneOptions::default()
     };
     let repo = open(&storage);
@@ -328,6 +329,7 @@ fn prune_goes_on_beside_what_is_lost_and_keeps_healing_packs_that_no_index_knows
     let options = PruneOptions {
         undelete_window: std::time::Duration::ZERO,
         now_unix_nanos: 10,
+        max_freed_percent: 100,
         ..PruneOptions::default()
     };
     for file in files(&storage, "packs/") {
