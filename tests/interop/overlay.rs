@@ -224,20 +224,47 @@ fn nbdcopy_fills_an_overlay_over_many_connections() {
 fn fio_finds_what_it_wrote() {
     let overlaid = Overlaid::new(4);
     let serving = overlaid.serve();
+    let sizes = ["--bs=512-64k", "--bs_unaligned=1", "--iodepth=16"];
+    let all = [&sizes[..], &["--do_verify=1", "--fsync=16"]].concat();
+    fio(&overlaid, &serving, &all).unwrap();
+}
+
+#[test]
+fn fio_finds_all_that_it_flushed_after_the_server_was_killed() {
+    let overlaid = Overlaid::new(7);
+    let serving = overlaid.serve();
+    let sizes = ["--bs=16k", "--iodepth=1"];
+    let write = [&sizes[..], &["--do_verify=0", "--fsync=16"]].concat();
+    fio(&overlaid, &serving, &write).unwrap();
+    // fio flushes before a write only; a flush of another connection covers its last ones.
+    qemu_io(&serving.uri("vda"), &["flush"]);
+    crate::support::process::signal(serving.process.id(), "KILL");
+    drop(serving);
+
+    let serving = overlaid.serve();
+    let verify = [&sizes[..], &["--do_verify=1", "--verify_only=1"]].concat();
+    fio(&overlaid, &serving, &verify).unwrap();
+    // It would have found anything else.
+    qemu_io(&serving.uri("vda"), &["write -P 7 1M 16k"]);
+    fio(&overlaid, &serving, &verify).unwrap_err();
+    end(serving);
+}
+
+/// Writes all of the disk at random places by fio, or looks whether what it writes is there; what it said if it failed.
+fn fio(overlaid: &Overlaid, serving: &Serving, more: &[&str]) -> Result<(), String> {
     let uri = format!("--uri={}", serving.uri("vda"));
-    let fio = |more: &[&str]| {
-        let mut fio = Command::new("fio");
-        // fio leaves a file with the state of its job where it runs.
-        fio.current_dir(overlaid.lab.file(""))
-            .args(["--name=v", "--ioengine=nbd", &uri, "--rw=randwrite"])
-            .args(["--bs=512-64k", "--bs_unaligned=1", "--iodepth=16"])
-            .args(["--size=12M", "--verify=crc32c", "--verify_fatal=1"])
-            .args(more);
-        let run = Process::start(fio).finish();
-        let out = String::from_utf8_lossy(&run.stdout).into_owned();
-        assert!(run.status.success(), "{out}{}", run.stderr);
-    };
-    fio(&["--do_verify=1", "--fsync=16"]);
+    let mut fio = Command::new("fio");
+    // fio leaves a file with the state of its job where it runs.
+    fio.current_dir(overlaid.lab.file(""))
+        .args(["--name=v", "--ioengine=nbd", &uri, "--rw=randwrite"])
+        .args(["--size=12M", "--verify=crc32c", "--verify_fatal=1"])
+        .args(more);
+    let run = Process::start(fio).finish();
+    let out = String::from_utf8_lossy(&run.stdout).into_owned();
+    match run.status.success() {
+        true => Ok(()),
+        false => Err(format!("{out}{}", run.stderr)),
+    }
 }
 
 #[test]
