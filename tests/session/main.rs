@@ -14,6 +14,7 @@ mod drive;
 mod extended;
 mod fuzz;
 mod protocol_doc;
+mod random_split;
 mod retry;
 mod script;
 mod server_handshake;
