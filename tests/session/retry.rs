@@ -95,6 +95,15 @@ impl Lab {
         std::fs::remove_file(self.path("front")).unwrap();
         self.cut.notify_waiters();
     }
+
+    /// Hangs up at so many who try to connect while nobody serves.
+    async fn hang_up_at(&self, tries: usize) {
+        let listener = UnixListener::bind(self.path("front")).unwrap();
+        for _ in 0..tries {
+            drop(listener.accept().await.unwrap());
+        }
+        std::fs::remove_file(self.path("front")).unwrap();
+    }
 }
 
 #[tokio::test]
@@ -119,7 +128,7 @@ async fn reads_in_flight_are_made_again_on_a_new_connection() {
             tokio::task::yield_now().await;
         }
         lab.down().await;
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        lab.hang_up_at(2).await;
         gate.add_permits(10_000);
         lab.relay_to("behind");
     };
