@@ -112,7 +112,8 @@ impl Daemon {
                     None => Ok(()),
                 };
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            // Each change comes behind the answer that did not know it yet.
+            while self.next()?["event"] != "JOB_STATUS_CHANGE" {}
         }
     }
 }
