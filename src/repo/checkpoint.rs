@@ -9,7 +9,6 @@ use std::time::{Duration, SystemTime};
 use super::error::RepoError;
 use super::forget::age_nanos;
 use super::format::checkpoint::{Checkpoint, file_name, parse_file_name};
-use super::format::envelope::MAX_SMALL_FILE;
 use super::format::generation::PackName;
 use super::ids::SnapshotId;
 use super::presence::{Dead, OpenSession, open_sessions};
@@ -184,17 +183,14 @@ enum Read {
 }
 
 fn read(repo: &Repository, file: &Found) -> Result<Read, RepoError> {
-    let bytes = match repo.storage().read(&file.name, MAX_SMALL_FILE) {
-        Ok(bytes) => bytes,
-        Err(StorageError::Missing { .. }) => return Ok(Read::Nothing),
-        Err(StorageError::TooLong { .. }) => Vec::new(),
-        Err(other) => return Err(other.into()),
-    };
-    let decoded = Checkpoint::decode(&bytes, repo.keys()).map_err(|e| e.in_file(&file.name));
-    let error = match decoded {
-        Ok(checkpoint) if checkpoint.session == file.session => return Ok(Read::Good(checkpoint)),
-        Ok(_) => RepoError::corrupt(&file.name, 0, "it is another session's"),
-        Err(error) => error,
+    let decode = |bytes: &[u8]| Checkpoint::decode(bytes, repo.keys());
+    let error = match repo.read_hint(&file.name, decode)? {
+        None => return Ok(Read::Nothing),
+        Some(Ok(checkpoint)) if checkpoint.session == file.session => {
+            return Ok(Read::Good(checkpoint));
+        }
+        Some(Ok(_)) => RepoError::corrupt(&file.name, 0, "it is another session's"),
+        Some(Err(error)) => error,
     };
     tracing::warn!(%error, "a checkpoint is of no use; chunks may be stored again");
     match error {

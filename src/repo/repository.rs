@@ -7,12 +7,12 @@ use super::cipher::Encryption;
 use super::compress::Compression;
 use super::error::RepoError;
 use super::forget::Forgotten;
-use super::format::FileKind;
 use super::format::config::Config;
 use super::format::envelope::MAX_SMALL_FILE;
 use super::format::generation::is_fence;
 use super::format::key_slot::{ClearKey, Master};
 use super::format::snapshot::file_name;
+use super::format::{DecodeError, FileKind};
 use super::ids::{RepoUuid, SnapshotId};
 use super::index::Index;
 use super::key_slots::{Unlocked, damaged_slots, first_slot, is_first_slot, unlock};
@@ -297,6 +297,28 @@ impl Repository {
     pub fn index_segments(&self) -> Result<usize, RepoError> {
         self.index.refresh()?;
         Ok(self.index.live_count())
+    }
+
+    /// Reads a small file without which nothing is wrong; `None` when it is gone.
+    ///
+    /// Why it cannot be read or decoded is told inside, and must stop nobody. Fails when the storage refuses in a way
+    /// that may pass.
+    pub(super) fn read_hint<T>(
+        &self,
+        name: &str,
+        decode: impl FnOnce(&[u8]) -> Result<T, DecodeError>,
+    ) -> Result<Option<Result<T, RepoError>>, RepoError> {
+        let bytes = match self.storage.read(name, MAX_SMALL_FILE) {
+            Ok(bytes) => bytes,
+            Err(StorageError::Missing { .. }) => return Ok(None),
+            Err(error) => {
+                return match RepoError::from(error) {
+                    error @ RepoError::Io { .. } if !error.is_bad_medium() => Err(error),
+                    error => Ok(Some(Err(error))),
+                };
+            }
+        };
+        Ok(Some(decode(&bytes).map_err(|e| e.in_file(name))))
     }
 
     /// Says where the repository lies, for messages.

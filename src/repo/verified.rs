@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 
 use super::error::RepoError;
-use super::format::envelope::MAX_SMALL_FILE;
 use super::format::generation::PackName;
 use super::format::health::Verified;
 use super::ids::{random_bytes, to_hex};
@@ -23,23 +22,17 @@ impl Journal {
     pub(crate) fn load(repo: &Repository) -> Result<Self, RepoError> {
         let mut journal = Self::default();
         for file in repo.storage().list(FOLDER)? {
-            let decoded = match repo.storage().read(&file.name, MAX_SMALL_FILE) {
-                Ok(bytes) => {
-                    Verified::decode(&bytes, repo.keys().mac()).map_err(|e| e.in_file(&file.name))
-                }
-                Err(StorageError::Missing { .. }) => continue,
-                Err(error @ StorageError::Io { .. }) => return Err(error.into()),
-                Err(error) => Err(error.into()),
-            };
-            match decoded {
-                Ok(verified) => {
+            let decode = |bytes: &[u8]| Verified::decode(bytes, repo.keys().mac());
+            match repo.read_hint(&file.name, decode)? {
+                None => {}
+                Some(Ok(verified)) => {
                     for (pack, when) in verified.packs {
                         let last = journal.when.entry(pack).or_insert(when);
                         *last = when.max(*last);
                     }
                     journal.files.push(file.name);
                 }
-                Err(error) => journal.unreadable.push((file.name, error)),
+                Some(Err(error)) => journal.unreadable.push((file.name, error)),
             }
         }
         Ok(journal)

@@ -226,3 +226,58 @@ fn file_that_is_back_is_noticed_or_does_no_harm() {
         }
     }
 }
+
+#[test]
+fn help_that_cannot_be_read_any_more_stops_nobody() {
+    let (whole, repo) = new_repo();
+    let disk = noise(1, 12);
+    let id = backup(&repo, &disk).unwrap().id;
+    let pack = whole.list("packs/").unwrap().remove(0);
+    let mut bytes = whole.read(&pack.name, u64::MAX).unwrap();
+    bytes[100] ^= 1;
+    whole.damage(&pack.name, bytes);
+    // A mark and a journal, then a run that heals the mark's record and dies with a checkpoint.
+    check(&repo, true).unwrap();
+    backup(&Repository::open(Arc::new(whole.clone())).unwrap(), &disk).unwrap();
+    let repo = Repository::open(Arc::new(whole.clone())).unwrap();
+    crate::resume::interrupt(&repo, &noise(50, 60));
+    drop(repo);
+    for folder in ["verify/", "ckpt/"] {
+        let files = whole.list(folder).unwrap();
+        assert!(!files.is_empty(), "{folder}");
+        for file in files {
+            let storage = copy(&whole);
+            let repo = Repository::open(Arc::new(BadSector {
+                inner: storage,
+                file: file.name.clone(),
+                range: 0..u64::MAX,
+                errno: EIO,
+            }));
+            let repo = repo.unwrap();
+            check(&repo, false).unwrap();
+            let session = repo.begin(&crate::resume::checkpointed(9)).unwrap();
+            let (root, _) = store_disk(&session, &disk).unwrap();
+            let draft = draft("disk", disk.len() as u64, root);
+            session.commit(draft).unwrap();
+            repo.prune(&at_once()).unwrap();
+            assert!(restore(&repo, &id).unwrap() == disk, "{}", file.name);
+            check(&repo, true).unwrap();
+        }
+    }
+    // Without its mark a damaged record looks as good as the one that healed it: none of the two may go.
+    let mark = whole.list("bad/").unwrap().remove(0);
+    let mut bytes = whole.read(&mark.name, u64::MAX).unwrap();
+    bytes[30] ^= 1;
+    whole.damage(&mark.name, bytes);
+    let repo = Repository::open(Arc::new(whole.clone())).unwrap();
+    let refused = repo.prune(&at_once());
+    assert!(
+        matches!(refused, Err(RepoError::Corrupt { .. })),
+        "{refused:?}"
+    );
+    check(&repo, true).unwrap();
+    let repo = Repository::open(Arc::new(whole.clone())).unwrap();
+    repo.prune(&at_once()).unwrap();
+    repo.prune(&at_once()).unwrap();
+    assert!(restore(&repo, &id).unwrap() == disk);
+}

@@ -48,7 +48,7 @@ fn pack_bytes(storage: &MemoryStorage) -> u64 {
 }
 
 /// Stores a disk, and dies before the commit.
-fn interrupt(repo: &Arc<Repository>, disk: &[u8]) {
+pub(crate) fn interrupt(repo: &Arc<Repository>, disk: &[u8]) {
     let session = repo.begin(&checkpointed(1)).unwrap();
     store_disk(&session, disk).unwrap();
 }

@@ -149,7 +149,11 @@ pub(super) fn join(
     each: &mut dyn FnMut(&[Copied]),
 ) -> Result<Missing, RepoError> {
     let mut index = Entries::open(repo)?;
-    let bad = BadRecords::load(repo)?;
+    let mut bad = BadRecords::load(repo)?;
+    if let Some((_, error)) = bad.unreadable.pop() {
+        // Of two copies the one that is damaged might be kept.
+        return Err(error);
+    }
     let mut needed = needed.iter()?;
     let mut missing = Missing::default();
     let (mut places, mut damaged) = (Vec::new(), Vec::new());
