@@ -1,21 +1,11 @@
 //! Restores into NBD exports of qemu-nbd and nbdkit.
 
+use crate::support::MIB;
 use crate::support::disk::assert_same;
-use crate::support::lab::Lab;
+use crate::support::lab::{Lab, SIZE};
 use crate::support::process::tool;
 use crate::support::program::{number, text};
 use crate::support::server::Server;
-use crate::support::{KIB, MIB};
-
-const SIZE: u64 = 12 * MIB + 20 * KIB;
-
-/// A laboratory with one snapshot of a raw image.
-fn with_a_snapshot(seed: u64) -> (Lab, String, String) {
-    let lab = Lab::new();
-    let image = lab.raw("vda.raw", SIZE, seed);
-    let full = lab.backup("full", lab.nbdkit(&["-r", "file", &image]).uri(), &[]);
-    (lab, text(&full, "snapshot"), image)
-}
 
 /// Serves an image for writing with qemu-nbd.
 fn writable(lab: &Lab, format: &str, image: &str) -> Server {
@@ -25,7 +15,7 @@ fn writable(lab: &Lab, format: &str, image: &str) -> Server {
 #[test]
 fn blank_image_of_any_format_takes_a_disk_and_stays_sparse() {
     for format in ["qcow2", "raw"] {
-        let (lab, snapshot, image) = with_a_snapshot(61);
+        let (lab, snapshot, image) = Lab::with_a_snapshot(61);
         let target = lab.file("target");
         let size = SIZE.to_string();
         tool("qemu-img", &["create", "-q", "-f", format, &target, &size]);
@@ -50,7 +40,7 @@ fn blank_image_of_any_format_takes_a_disk_and_stays_sparse() {
 
 #[test]
 fn old_data_is_overwritten_only_by_force_and_then_nothing_of_it_is_left() {
-    let (lab, snapshot, image) = with_a_snapshot(62);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(62);
     // nbdkit's memory zeroes fast; its nozero filter makes it refuse, or know no zeros at all.
     let size = format!("{SIZE}");
     for more in [
@@ -77,7 +67,7 @@ fn old_data_is_overwritten_only_by_force_and_then_nothing_of_it_is_left() {
 
 #[test]
 fn export_that_cannot_take_the_disk_is_refused_before_anything_is_written() {
-    let (lab, snapshot, _) = with_a_snapshot(63);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(63);
     let small = (SIZE - 512).to_string();
     let size = SIZE.to_string();
     let exact = lab.nbdkit(&["-r", "memory", &size]);
@@ -105,7 +95,7 @@ fn export_that_cannot_take_the_disk_is_refused_before_anything_is_written() {
 
 #[test]
 fn larger_export_with_large_blocks_keeps_what_lies_behind_the_disk() {
-    let (lab, snapshot, image) = with_a_snapshot(64);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(64);
     let size = (16 * MIB).to_string();
     let policy = [
         "--filter=blocksize-policy",
@@ -133,7 +123,7 @@ fn larger_export_with_large_blocks_keeps_what_lies_behind_the_disk() {
 
 #[test]
 fn write_that_fails_fails_the_restore() {
-    let (lab, snapshot, _) = with_a_snapshot(65);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(65);
     let size = SIZE.to_string();
     let server = lab.nbdkit(&[
         "--filter=error",

@@ -11,13 +11,11 @@ use nbdbackup::range::ByteRange;
 use serde_json::Value;
 
 use crate::support::disk::{Random, assert_same, scatter};
-use crate::support::lab::Lab;
+use crate::support::lab::{Lab, SIZE};
 use crate::support::process::{Process, tool, try_tool};
 use crate::support::program::{finish, text};
 use crate::support::server::{Serving, dirty, extents, nbdinfo};
 use crate::support::{KIB, MIB};
-
-const SIZE: u64 = 12 * MIB + 20 * KIB;
 
 /// A laboratory with a snapshot, and a folder for what is written over it.
 struct Overlaid {
@@ -29,11 +27,9 @@ struct Overlaid {
 
 impl Overlaid {
     fn new(seed: u64) -> Self {
-        let lab = Lab::new();
-        let image = lab.raw("vda.raw", SIZE, seed);
-        let full = lab.backup("full", lab.nbdkit(&["-r", "file", &image]).uri(), &[]);
+        let (lab, snapshot, image) = Lab::with_a_snapshot(seed);
         Self {
-            snapshot: text(&full, "snapshot"),
+            snapshot,
             folder: lab.file("overlays"),
             image,
             lab,

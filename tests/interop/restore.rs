@@ -1,24 +1,14 @@
 //! Where a restored disk can go, and what must not be overwritten.
 
+use crate::support::MIB;
 use crate::support::disk::{allocated, assert_same, file_len, reference};
-use crate::support::lab::Lab;
+use crate::support::lab::{Lab, SIZE};
 use crate::support::process::{tool, try_tool};
 use crate::support::program::text;
-use crate::support::{KIB, MIB};
-
-const SIZE: u64 = 12 * MIB + 20 * KIB;
-
-/// A laboratory with one snapshot of a raw image.
-fn with_a_snapshot(seed: u64) -> (Lab, String, String) {
-    let lab = Lab::new();
-    let image = lab.raw("vda.raw", SIZE, seed);
-    let full = lab.backup("full", lab.nbdkit(&["-r", "file", &image]).uri(), &[]);
-    (lab, text(&full, "snapshot"), image)
-}
 
 #[test]
 fn disk_goes_to_stdout_byte_for_byte() {
-    let (lab, snapshot, image) = with_a_snapshot(1);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(1);
     let run = lab.run_text(&["restore", &snapshot, "--to", "-"]);
     assert_eq!(run.code, Some(0), "{}", run.stderr);
     assert_eq!(run.stdout.len() as u64, SIZE);
@@ -30,7 +20,7 @@ fn disk_goes_to_stdout_byte_for_byte() {
 
 #[test]
 fn reader_that_goes_away_ends_a_restore_to_stdout_with_an_error() {
-    let (lab, snapshot, _) = with_a_snapshot(2);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(2);
     let script = "\"$@\" | head -c 100000 >/dev/null; exit ${PIPESTATUS[0]}";
     let program = env!("CARGO_BIN_EXE_nbdbackup");
     let repository = lab.repository();
@@ -53,7 +43,7 @@ fn reader_that_goes_away_ends_a_restore_to_stdout_with_an_error() {
 
 #[test]
 fn existing_target_is_kept_without_force_and_replaced_with_it() {
-    let (lab, snapshot, image) = with_a_snapshot(3);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(3);
     let target = lab.file("target.raw");
     let old = vec![0xff; SIZE as usize + 1000];
     std::fs::write(&target, &old).unwrap();
@@ -79,7 +69,7 @@ fn existing_target_is_kept_without_force_and_replaced_with_it() {
 
 #[test]
 fn target_in_a_folder_that_does_not_exist_is_an_error_with_its_path() {
-    let (lab, snapshot, _) = with_a_snapshot(4);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(4);
     let target = lab.file("missing/target.raw");
     let error = lab.run(&["restore", &snapshot, "--to", &target]).error(1);
     assert!(text(&error, "message").contains(&target), "{error}");
@@ -87,7 +77,7 @@ fn target_in_a_folder_that_does_not_exist_is_an_error_with_its_path() {
 
 #[test]
 fn target_without_room_is_an_error_of_its_own() {
-    let (lab, snapshot, _) = with_a_snapshot(5);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(5);
     let script = "ulimit -f 1024; trap '' XFSZ; exec \"$@\"";
     let (program, repository, target) = (
         env!("CARGO_BIN_EXE_nbdbackup"),
@@ -116,7 +106,7 @@ fn target_without_room_is_an_error_of_its_own() {
 
 #[test]
 fn disk_goes_to_a_qcow2_file() {
-    let (lab, snapshot, image) = with_a_snapshot(6);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(6);
     let target = lab.file("target.qcow2");
     lab.run(&["restore", &snapshot, "--to", &target, "--format", "qcow2"])
         .result();
@@ -132,7 +122,7 @@ fn disk_goes_to_a_qcow2_file() {
 
 #[test]
 fn snapshot_is_found_by_every_form_of_its_name() {
-    let (lab, snapshot, image) = with_a_snapshot(7);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(7);
     for form in [&snapshot, &snapshot[..4], "latest", "web1", "web1@latest"] {
         lab.assert_restores(form, &image);
     }

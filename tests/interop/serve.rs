@@ -3,22 +3,12 @@
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 
+use crate::support::MIB;
 use crate::support::disk::assert_same;
-use crate::support::lab::Lab;
+use crate::support::lab::{Lab, SIZE};
 use crate::support::process::{Process, tool, try_tool};
 use crate::support::program::{finish, text};
 use crate::support::server::{Serving, extents, nbdinfo, uri};
-use crate::support::{KIB, MIB};
-
-const SIZE: u64 = 12 * MIB + 20 * KIB;
-
-/// A laboratory with one snapshot of a raw image.
-fn with_a_snapshot(seed: u64) -> (Lab, String, String) {
-    let lab = Lab::new();
-    let image = lab.raw("vda.raw", SIZE, seed);
-    let full = lab.backup("full", lab.nbdkit(&["-r", "file", &image]).uri(), &[]);
-    (lab, text(&full, "snapshot"), image)
-}
 
 /// Runs a script against an export with libnbd's Python bindings as `h`.
 #[track_caller]
@@ -32,7 +22,7 @@ fn nbdsh(uri: &str, script: &str) {
 
 #[test]
 fn export_has_what_its_readers_look_for() {
-    let (lab, snapshot, _) = with_a_snapshot(1);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(1);
     let serving = lab.serve(&snapshot);
     let info = nbdinfo(&serving.uri("vda"));
     assert_eq!(info["export-size"], SIZE);
@@ -57,7 +47,7 @@ fn export_has_what_its_readers_look_for() {
 
 #[test]
 fn exports_are_listed_and_no_other_name_is_served() {
-    let (lab, snapshot, _) = with_a_snapshot(2);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(2);
     let address = lab.socket();
     let repository = lab.repository();
     let form = format!("unix:{address}");
@@ -90,7 +80,7 @@ fn exports_are_listed_and_no_other_name_is_served() {
 
 #[test]
 fn map_covers_the_disk_and_promises_zeros_only_where_they_are() {
-    let (lab, snapshot, image) = with_a_snapshot(3);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(3);
     let serving = lab.serve(&snapshot);
     let map = extents(&serving.uri("vda"), "base:allocation");
     let mut end = 0;
@@ -117,7 +107,7 @@ fn map_covers_the_disk_and_promises_zeros_only_where_they_are() {
 
 #[test]
 fn reads_at_any_offset_and_length_are_right_in_one_piece_and_in_many() {
-    let (lab, snapshot, image) = with_a_snapshot(4);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(4);
     let serving = lab.serve(&snapshot);
     let script = format!(
         "import random\n\
@@ -136,7 +126,7 @@ fn reads_at_any_offset_and_length_are_right_in_one_piece_and_in_many() {
 
 #[test]
 fn wrong_requests_are_answered_with_errors_and_the_connection_lives_on() {
-    let (lab, snapshot, _) = with_a_snapshot(5);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(5);
     let serving = lab.serve(&snapshot);
     let script = "\
 h.set_strict_mode(0); z = h.get_size()
@@ -159,7 +149,7 @@ h.pread(512, 0)
 
 #[test]
 fn qemu_boots_from_an_overlay_on_the_export() {
-    let (lab, snapshot, image) = with_a_snapshot(6);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(6);
     let serving = lab.serve(&snapshot);
     let uri = serving.uri("vda");
     let overlay = lab.file("overlay.qcow2");
@@ -200,7 +190,7 @@ fn qemu_boots_from_an_overlay_on_the_export() {
 
 #[test]
 fn readers_at_random_places_all_get_their_bytes() {
-    let (lab, snapshot, image) = with_a_snapshot(7);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(7);
     let serving = lab.serve(&snapshot);
     let uri = serving.uri("vda");
     let fio = Process::start({
@@ -243,7 +233,7 @@ fn readers_at_random_places_all_get_their_bytes() {
 
 #[test]
 fn idle_clients_keep_nobody_out_and_do_not_hold_up_the_end() {
-    let (lab, snapshot, image) = with_a_snapshot(8);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(8);
     let socket = lab.socket();
     let repository = lab.repository();
     let address = format!("unix:{socket}");
@@ -280,7 +270,7 @@ fn idle_clients_keep_nobody_out_and_do_not_hold_up_the_end() {
 
 #[test]
 fn address_may_be_a_uri_or_a_host_and_port() {
-    let (lab, snapshot, image) = with_a_snapshot(9);
+    let (lab, snapshot, image) = Lab::with_a_snapshot(9);
     let repository = lab.repository();
     let port = TcpListener::bind("127.0.0.1:0")
         .unwrap()
@@ -304,7 +294,7 @@ fn address_may_be_a_uri_or_a_host_and_port() {
 
 #[test]
 fn plain_tcp_beyond_loopback_wants_to_be_asked_for() {
-    let (lab, snapshot, _) = with_a_snapshot(10);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(10);
     let error = lab.run(&["restore", &snapshot, "--serve", "0.0.0.0:0"]);
     assert_ne!(error.code, Some(0));
     assert!(text(error.lines().last().unwrap(), "message").contains("--insecure"));
@@ -312,7 +302,7 @@ fn plain_tcp_beyond_loopback_wants_to_be_asked_for() {
 
 #[test]
 fn address_in_use_is_refused() {
-    let (lab, snapshot, _) = with_a_snapshot(11);
+    let (lab, snapshot, _) = Lab::with_a_snapshot(11);
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let error = lab

@@ -8,41 +8,18 @@ use nbdbackup::repo::{
 
 use crate::support::*;
 
-/// A repository with two backups of a disk of a few chunks.
-struct Sample {
-    storage: MemoryStorage,
-    disks: Vec<(SnapshotId, Vec<u8>)>,
-}
-
-fn sample_in((storage, repo): (MemoryStorage, Arc<Repository>)) -> Sample {
-    let mut rng = Rng(9);
-    let mut disk = vec![0; 3 * CHUNK + 100];
-    for at in [0, CHUNK, 3 * CHUNK] {
-        rng.fill(&mut disk[at..at + 64]);
-    }
-    let mut disks = Vec::new();
-    for _ in 0..2 {
-        let id = backup(&repo, &disk).unwrap().id;
-        disks.push((id, disk.clone()));
-        rng.fill(&mut disk[CHUNK..CHUNK + 99]);
-    }
-    // Some of every kind of file.
+/// The usual sample, with some of every kind of file.
+fn sample_in(new: (MemoryStorage, Arc<Repository>)) -> Sample {
+    let repo = Arc::clone(&new.1);
+    let sample = Sample::two_backups(new);
     check(&repo, Some(100.0), false);
-    let victim = backup(&repo, &disk).unwrap().id;
+    let victim = backup(&repo, &sample.next).unwrap().id;
     repo.forget(&[victim], 0).unwrap();
-    Sample { storage, disks }
+    sample
 }
 
 fn sample() -> Sample {
     sample_in(new_repo())
-}
-
-fn copy(storage: &MemoryStorage) -> MemoryStorage {
-    storage.after_power_failure(|_| true)
-}
-
-fn open(storage: &MemoryStorage) -> Arc<Repository> {
-    open_any(Arc::new(storage.clone())).unwrap()
 }
 
 fn check(repo: &Repository, read_data_percent: Option<f64>, repair: bool) -> Checked {

@@ -2,38 +2,12 @@
 
 use std::sync::Arc;
 
-use nbdbackup::repo::{MemoryStorage, PackKind, RepoError, Repository, SnapshotId, Storage};
+use nbdbackup::repo::{MemoryStorage, PackKind, RepoError, Repository, Storage};
 
 use crate::support::*;
 
-/// A repository with a full backup of a small disk and one of a changed disk.
-struct Sample {
-    storage: MemoryStorage,
-    disks: Vec<(SnapshotId, Vec<u8>)>,
-}
-
 fn sample() -> Sample {
-    sample_in(new_repo())
-}
-
-fn sample_in((storage, repo): (MemoryStorage, Arc<Repository>)) -> Sample {
-    let mut rng = Rng(9);
-    // Few and small chunks, so that every byte of every file can be damaged in turn.
-    let mut disk = vec![0; 3 * CHUNK + 100];
-    for at in [0, CHUNK, 3 * CHUNK] {
-        rng.fill(&mut disk[at..at + 64]);
-    }
-    let mut disks = Vec::new();
-    for _ in 0..2 {
-        let id = backup(&repo, &disk).unwrap().id;
-        disks.push((id, disk.clone()));
-        rng.fill(&mut disk[CHUNK..CHUNK + 99]);
-    }
-    Sample { storage, disks }
-}
-
-fn copy(storage: &MemoryStorage) -> MemoryStorage {
-    storage.after_power_failure(|_| true)
+    Sample::two_backups(new_repo())
 }
 
 /// Reads all that a damaged repository still gives; panics on wrong data. Returns how many disks were read.
@@ -80,7 +54,7 @@ fn flipped_bit_in_any_byte_of_any_file_gives_no_wrong_data() {
 
 #[test]
 fn flipped_bit_in_any_byte_of_an_encrypted_file_gives_no_wrong_data() {
-    flip_each_bit(&sample_in(new_encrypted_repo()));
+    flip_each_bit(&Sample::two_backups(new_encrypted_repo()));
 }
 
 fn flip_each_bit(sample: &Sample) {

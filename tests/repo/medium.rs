@@ -91,10 +91,6 @@ fn check(repo: &Repository, repair: bool) -> Result<Checked, RepoError> {
     repo.check(&options, &|_, _| {})
 }
 
-fn copy(storage: &MemoryStorage) -> MemoryStorage {
-    storage.after_power_failure(|_| true)
-}
-
 #[test]
 fn sector_of_any_pack_that_cannot_be_read_is_damage_that_the_next_backup_heals() {
     let (whole, repo) = new_repo();

@@ -12,10 +12,6 @@ use crate::prune::{at_once, noise};
 use crate::scheduler::{Process, explore};
 use crate::support::*;
 
-fn open(storage: &MemoryStorage) -> Arc<Repository> {
-    Repository::open(Arc::new(storage.clone())).unwrap()
-}
-
 #[test]
 fn reader_keeps_its_snapshot_though_it_is_forgotten_and_pruned() {
     let (storage, repo) = new_repo();

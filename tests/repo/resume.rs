@@ -35,10 +35,6 @@ fn within_the_window() -> PruneOptions {
     }
 }
 
-fn open(storage: &MemoryStorage) -> Arc<Repository> {
-    open_any(Arc::new(storage.clone())).unwrap()
-}
-
 fn count(storage: &MemoryStorage, folder: &str) -> usize {
     storage.list(folder).unwrap().len()
 }

@@ -94,6 +94,46 @@ pub(crate) fn open_any(storage: Arc<dyn Storage>) -> Result<Arc<Repository>, Rep
     }
 }
 
+/// Opens a repository in memory.
+pub(crate) fn open(storage: &MemoryStorage) -> Arc<Repository> {
+    open_any(Arc::new(storage.clone())).unwrap()
+}
+
+/// A copy of all files.
+pub(crate) fn copy(storage: &MemoryStorage) -> MemoryStorage {
+    storage.after_power_failure(|_| true)
+}
+
+/// A repository with a full backup of a small disk and one of a changed disk.
+pub(crate) struct Sample {
+    pub(crate) storage: MemoryStorage,
+    pub(crate) disks: Vec<(SnapshotId, Vec<u8>)>,
+    /// The disk as it is after its next change.
+    pub(crate) next: Vec<u8>,
+}
+
+impl Sample {
+    pub(crate) fn two_backups((storage, repo): (MemoryStorage, Arc<Repository>)) -> Self {
+        let mut rng = Rng(9);
+        // Few and small chunks, so that every byte of every file can be damaged in turn.
+        let mut disk = vec![0; 3 * CHUNK + 100];
+        for at in [0, CHUNK, 3 * CHUNK] {
+            rng.fill(&mut disk[at..at + 64]);
+        }
+        let mut disks = Vec::new();
+        for _ in 0..2 {
+            let id = backup(&repo, &disk).unwrap().id;
+            disks.push((id, disk.clone()));
+            rng.fill(&mut disk[CHUNK..CHUNK + 99]);
+        }
+        Self {
+            storage,
+            disks,
+            next: disk,
+        }
+    }
+}
+
 pub(crate) fn draft(disk: &str, size_bytes: u64, root: MapRoot) -> SnapshotDraft {
     SnapshotDraft {
         name: "machine".to_owned(),

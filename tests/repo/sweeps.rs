@@ -14,10 +14,6 @@ struct Scene {
     gone: SnapshotId,
 }
 
-fn open(storage: &MemoryStorage) -> Arc<Repository> {
-    Repository::open(Arc::new(storage.clone())).unwrap()
-}
-
 /// The disk that goes shares a chunk with the one that stays, in a pack that is written anew.
 fn scene() -> Scene {
     let (storage, repo) = new_repo();

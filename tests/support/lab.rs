@@ -10,6 +10,9 @@ use super::process::Process;
 use super::program::{Run, nbdbackup, run, text};
 use super::server::{Server, Serving};
 
+/// The size of a usual disk, which ends within a chunk.
+pub(crate) const SIZE: u64 = 12 * super::MIB + 20 * super::KIB;
+
 /// A folder with a repository.
 pub(crate) struct Lab {
     folder: TempDir,
@@ -22,6 +25,14 @@ impl Lab {
         let init = lab.run(&["init", "--encryption", "none"]).result();
         assert_eq!(init["command"], "init");
         lab
+    }
+
+    /// Makes a laboratory with one snapshot of a raw image of [`SIZE`] bytes; returns the snapshot's id and the image.
+    pub(crate) fn with_a_snapshot(seed: u64) -> (Self, String, String) {
+        let lab = Self::new();
+        let image = lab.raw("vda.raw", SIZE, seed);
+        let full = lab.backup("full", lab.nbdkit(&["-r", "file", &image]).uri(), &[]);
+        (lab, text(&full, "snapshot"), image)
     }
 
     /// Makes a laboratory whose repository does not exist yet.

@@ -20,7 +20,7 @@ use tokio::sync::Mutex;
 use super::export::Extents;
 use super::workers::blocking;
 use super::{EngineError, error};
-use crate::nbd::server::{ExportSource, NbdError, SourceRead};
+use crate::nbd::server::{ExportSource, NbdError, SourceRead, all_abilities};
 use crate::nbd::session::{BlockSize, Extent, Zeroing};
 use crate::nbd::wire::{ErrorCode, TransmissionFlags};
 use crate::range::ByteRange;
@@ -299,13 +299,7 @@ impl ExportSource for OverlayExport {
     }
 
     fn abilities(&self) -> TransmissionFlags {
-        TransmissionFlags::SEND_FLUSH
-            | TransmissionFlags::SEND_FUA
-            | TransmissionFlags::SEND_TRIM
-            | TransmissionFlags::SEND_WRITE_ZEROES
-            | TransmissionFlags::SEND_FAST_ZERO
-            | TransmissionFlags::SEND_CACHE
-            | TransmissionFlags::CAN_MULTI_CONN
+        all_abilities()
     }
 
     fn read(&self, range: ByteRange, buf: Vec<u8>) -> BoxFuture<'_, Result<SourceRead, NbdError>> {

@@ -8,7 +8,7 @@ use futures::future::BoxFuture;
 
 use super::super::session::{Extent, Zeroing};
 use super::super::wire::TransmissionFlags;
-use super::{ExportSource, NbdError, SourceRead};
+use super::{ExportSource, NbdError, SourceRead, all_abilities};
 use crate::range::ByteRange;
 
 /// A disk that its owner and clients may write and discard; to be resized only while it is not offered.
@@ -188,13 +188,7 @@ impl ExportSource for MemoryDisk {
     }
 
     fn abilities(&self) -> TransmissionFlags {
-        TransmissionFlags::SEND_FLUSH
-            | TransmissionFlags::SEND_FUA
-            | TransmissionFlags::SEND_TRIM
-            | TransmissionFlags::SEND_WRITE_ZEROES
-            | TransmissionFlags::SEND_FAST_ZERO
-            | TransmissionFlags::SEND_CACHE
-            | TransmissionFlags::CAN_MULTI_CONN
+        all_abilities()
     }
 
     fn read(&self, range: ByteRange, buf: Vec<u8>) -> BoxFuture<'_, Result<SourceRead, NbdError>> {

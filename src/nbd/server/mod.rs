@@ -25,7 +25,7 @@ use requests::Pool;
 
 pub use error::ServeError;
 pub use memory::MemoryDisk;
-pub use source::{ExportSource, NbdError, SourceRead};
+pub use source::{ExportSource, NbdError, SourceRead, all_abilities};
 
 /// How a server behaves.
 #[derive(Clone, Debug)]

@@ -8,6 +8,17 @@ use super::super::session::{BlockSize, Extent, Zeroing};
 use super::super::wire::{ErrorCode, TransmissionFlags};
 use crate::range::ByteRange;
 
+/// What a disk can do that takes all commands, quickly, and over any number of connections.
+pub fn all_abilities() -> TransmissionFlags {
+    TransmissionFlags::SEND_FLUSH
+        | TransmissionFlags::SEND_FUA
+        | TransmissionFlags::SEND_TRIM
+        | TransmissionFlags::SEND_WRITE_ZEROES
+        | TransmissionFlags::SEND_FAST_ZERO
+        | TransmissionFlags::SEND_CACHE
+        | TransmissionFlags::CAN_MULTI_CONN
+}
+
 /// A disk that a server can offer; requests come from many tasks at once.
 ///
 /// What describes the disk must not change while it is offered: it is asked for once. No bytes are asked for before a
