@@ -277,3 +277,48 @@ fn help_that_cannot_be_read_any_more_stops_nobody() {
     repo.prune(&at_once()).unwrap();
     assert!(restore(&repo, &id).unwrap() == disk);
 }
+
+#[test]
+fn copy_that_is_condemned_stays_once_the_other_one_is_found_damaged() {
+    let (storage, repo) = new_repo();
+    let disk = noise(1, 4);
+    // Two at once, of which none knows what the other one stores.
+    let other = Repository::open(Arc::new(storage.clone())).unwrap();
+    let sessions = [&repo, &other].map(|repo| repo.begin(&small_session()).unwrap());
+    let roots = sessions.each_ref().map(|s| store_disk(s, &disk).unwrap().0);
+    let commit = |(session, root): (&nbdbackup::repo::Session, _)| {
+        let draft = draft("disk", disk.len() as u64, root);
+        session.commit(draft).unwrap().id
+    };
+    let ids: Vec<SnapshotId> = sessions.iter().zip(roots).map(commit).collect();
+    let waited_for = repo.begin(&small_session()).unwrap();
+    let other = Repository::open(Arc::new(storage.clone())).unwrap();
+    let pruned = other.prune(&at_once()).unwrap();
+    assert!(pruned.packs_waiting > 0, "{pruned:?}");
+
+    let condemned = storage.read("gc/0.condemned", u64::MAX).unwrap();
+    let is_condemned = |name: &str| {
+        let id: nbdbackup::repo::PackId = name[name.len() - 32..].parse().unwrap();
+        condemned.windows(16).any(|bytes| bytes == id.as_bytes())
+    };
+    let packs = storage.list("packs/").unwrap();
+    let (doomed, kept): (Vec<_>, Vec<_>) = packs.iter().partition(|p| is_condemned(&p.name));
+    assert!(!doomed.is_empty() && !kept.is_empty());
+    for pack in kept {
+        let mut bytes = storage.read(&pack.name, u64::MAX).unwrap();
+        for at in (73..bytes.len() - 400).step_by(1000) {
+            bytes[at] ^= 1;
+        }
+        storage.damage(&pack.name, bytes);
+    }
+    assert!(check(&other, true).unwrap().marked > 0);
+    drop(waited_for);
+    for _ in 0..2 {
+        let repo = Repository::open(Arc::new(storage.clone())).unwrap();
+        repo.prune(&at_once()).unwrap();
+    }
+    let repo = Repository::open(Arc::new(storage.clone())).unwrap();
+    for id in ids {
+        assert!(restore(&repo, &id).unwrap() == disk);
+    }
+}

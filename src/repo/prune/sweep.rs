@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use super::mark::{join, needed_beyond};
 use super::plan::{Snapshots, is_whole, list_packs};
 use super::{PruneOptions, Pruned};
+use crate::repo::bad::BadRecords;
 use crate::repo::checkpoint;
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
@@ -54,7 +55,11 @@ fn decide(repo: &Repository, condemned: &Condemned) -> Result<Sweep, RepoError> 
     let drop = condemned.dropped.iter().copied();
     let drop = drop.filter(|id| still.contains(id) && !read.contains(id));
     let snapshots = Snapshots::load(repo, &drop.collect())?;
-    let known: HashSet<SnapshotId> = condemned.roots.iter().copied().collect();
+    // What stayed for the roots may have been found damaged since, and a condemned copy be the only good one.
+    let known: HashSet<SnapshotId> = match BadRecords::load(repo)?.is_empty() {
+        true => condemned.roots.iter().copied().collect(),
+        false => HashSet::new(),
+    };
     let (known, new): (Vec<&Snapshot>, Vec<&Snapshot>) =
         snapshots.roots.iter().partition(|s| known.contains(&s.id));
     repo.index().refresh()?;
