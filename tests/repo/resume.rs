@@ -15,6 +15,10 @@ use crate::support::*;
 
 const DISK: &str = "disk";
 
+/// The chunks after which there is a checkpoint for certain: five packs of four, of which three may still be on their way
+/// to the storage when the fifth is full.
+const LEAST_CHECKPOINTED: usize = 20;
+
 /// Checkpoints of the disk that [`backup`] stores, every two packs.
 pub(crate) fn checkpointed(generation: u64) -> SessionOptions {
     SessionOptions {
@@ -225,7 +229,7 @@ fn death_at_any_call_of_a_session_with_checkpoints_or_of_a_prune_of_them_loses_n
     repo.make_reserve().unwrap();
     start.barrier().unwrap();
     let interrupted = start.after_power_failure(|_| true);
-    interrupt(&open(&interrupted), &noise(1, 20));
+    interrupt(&open(&interrupted), &noise(1, LEAST_CHECKPOINTED));
     interrupted.barrier().unwrap();
     let full = |storage: Arc<dyn Storage>| -> Result<(), RepoError> {
         let session = Repository::open(storage)?.begin(&checkpointed(2))?;
@@ -266,7 +270,7 @@ fn death_at_any_call_of_a_session_with_checkpoints_or_of_a_prune_of_them_loses_n
 #[test]
 fn run_that_continues_beside_a_prune_that_gives_the_checkpoint_up_is_whole() {
     let (start, repo) = new_repo();
-    let disk = noise(1, 12);
+    let disk = noise(1, LEAST_CHECKPOINTED);
     interrupt(&repo, &disk);
     repo.make_reserve().unwrap();
     start.barrier().unwrap();
