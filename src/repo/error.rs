@@ -198,6 +198,11 @@ impl RepoError {
         matches!(self, Self::Io { source, .. } if source.raw_os_error() == eio)
     }
 
+    /// Whether what is stored is not what was written, or cannot be had any more.
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(self, Self::Corrupt { .. }) || self.is_bad_medium()
+    }
+
     /// Makes an [`RepoError::Io`]; `what` follows "cannot".
     pub(crate) fn io(what: impl Into<String>, source: io::Error) -> Self {
         Self::Io {

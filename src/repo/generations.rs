@@ -25,13 +25,7 @@ pub(crate) struct Generations {
 /// Whatever is created or removed meanwhile, what is seen is the state at some moment of the reading or an older
 /// number: a generation has its mark `done` before its other files go, and that mark stays for ever.
 pub(crate) fn load(storage: &dyn Storage, mac_key: &[u8; 32]) -> Result<Generations, RepoError> {
-    let mut files: BTreeMap<u64, Vec<Part>> = BTreeMap::new();
-    for file in storage.list("gc/")? {
-        if let Some((generation, part)) = parse(&file.name) {
-            files.entry(generation).or_default().push(part);
-        }
-    }
-    let Some((last, parts)) = files.pop_last() else {
+    let Some((last, parts)) = last_of(storage)? else {
         return Ok(Generations::default());
     };
     let mut state = Generations {
@@ -43,12 +37,21 @@ pub(crate) fn load(storage: &dyn Storage, mac_key: &[u8; 32]) -> Result<Generati
     }
     let pending = read(storage, last, Part::Condemned, |b| {
         Condemned::decode(b, mac_key)
-    })?;
+    });
     let decided = read(storage, last, Part::Sweep, |b| Sweep::decode(b, mac_key))?;
     // What a late process publishes once more it publishes after the end, which is looked for last.
     if is_done(storage, last)? {
         return Ok(state);
     }
+    let pending = match (pending, &decided) {
+        // What was decided says all that counts from then on.
+        (Err(error), Some(sweep)) if error.is_damage() => Some(Condemned {
+            packs: sweep.packs.clone(),
+            dropped: sweep.snapshots.clone(),
+            roots: Vec::new(),
+        }),
+        (pending, _) => pending?,
+    };
     if pending.is_none() {
         tracing::warn!(
             generation = last,
@@ -59,6 +62,31 @@ pub(crate) fn load(storage: &dyn Storage, mac_key: &[u8; 32]) -> Result<Generati
     state.pending = pending;
     state.decided = decided;
     Ok(state)
+}
+
+/// Gives a generation up whose list cannot be read, by deciding that nothing is removed for it; false when that cannot be.
+///
+/// Until then nobody may begin to store, who would not know what not to refer to.
+pub(crate) fn give_up(storage: &dyn Storage, mac_key: &[u8; 32]) -> Result<bool, RepoError> {
+    match last_of(storage)? {
+        Some((last, parts)) if parts == [Part::Condemned] => {
+            // Another process may decide at the same time: then that counts.
+            decide(storage, mac_key, last, &Sweep::default())?;
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Finds the last generation and its files.
+fn last_of(storage: &dyn Storage) -> Result<Option<(u64, Vec<Part>)>, RepoError> {
+    let mut files: BTreeMap<u64, Vec<Part>> = BTreeMap::new();
+    for file in storage.list("gc/")? {
+        if let Some((generation, part)) = parse(&file.name) {
+            files.entry(generation).or_default().push(part);
+        }
+    }
+    Ok(files.pop_last())
 }
 
 /// Publishes the next generation; false when another process was faster.

@@ -322,3 +322,68 @@ fn copy_that_is_condemned_stays_once_the_other_one_is_found_damaged() {
         assert!(restore(&repo, &id).unwrap() == disk);
     }
 }
+
+#[test]
+fn prune_s_list_that_is_damaged_stops_backups_until_the_next_prune_and_loses_nothing() {
+    let (storage, repo) = new_repo();
+    let (gone, kept) = (noise(1, 4), noise(2, 4));
+    let forgotten = backup(&repo, &gone).unwrap().id;
+    let id = backup(&repo, &kept).unwrap().id;
+    repo.forget(&[forgotten], 1).unwrap();
+    let waited_for = repo.begin(&small_session()).unwrap();
+    let open = || Repository::open(Arc::new(storage.clone())).unwrap();
+    assert!(open().prune(&at_once()).unwrap().packs_waiting > 0);
+    let mut bytes = storage.read("gc/0.condemned", u64::MAX).unwrap();
+    bytes[40] ^= 1;
+    storage.damage("gc/0.condemned", bytes);
+    // Nobody knows what must not be referred to.
+    let refused = open().begin(&small_session());
+    assert!(matches!(refused, Err(RepoError::Corrupt { .. })));
+    drop(waited_for);
+    open().prune(&at_once()).unwrap();
+    backup(&open(), &noise(3, 2)).unwrap();
+    assert!(restore(&open(), &id).unwrap() == kept);
+    // What it was about goes with a prune of its own.
+    open().prune(&at_once()).unwrap();
+    assert!(open().snapshot(&forgotten).is_err());
+    assert!(check(&open(), false).unwrap().is_whole());
+}
+
+#[test]
+fn prune_s_decision_that_is_damaged_is_made_again_once_it_is_removed_by_hand() {
+    let (start, repo) = new_repo();
+    let (gone, kept) = (noise(1, 4), noise(2, 4));
+    let forgotten = backup(&repo, &gone).unwrap().id;
+    let id = backup(&repo, &kept).unwrap().id;
+    repo.forget(&[forgotten], 1).unwrap();
+    start.barrier().unwrap();
+    let mut decided = 0;
+    for at in 1.. {
+        let storage = copy(&start);
+        let dying = FaultStorage::new(Arc::new(storage.clone()), at, Fault::Dead);
+        let pruned = Repository::open(Arc::new(dying)).and_then(|repo| repo.prune(&at_once()));
+        let decision = "gc/0.sweep";
+        let pending = storage.len("gc/0.done").is_err();
+        if let (Ok(mut bytes), true) = (storage.read(decision, u64::MAX), pending) {
+            decided += 1;
+            bytes[40] ^= 1;
+            storage.damage(decision, bytes);
+            let open = || Repository::open(Arc::new(storage.clone())).unwrap();
+            for refused in [
+                open().prune(&at_once()).map(drop),
+                open().begin(&small_session()).map(drop),
+            ] {
+                assert!(matches!(refused, Err(RepoError::Corrupt { .. })), "{at}");
+            }
+            storage.remove(decision).unwrap();
+            open().prune(&at_once()).unwrap();
+            assert!(restore(&open(), &id).unwrap() == kept, "{at}");
+            assert!(check(&open(), false).unwrap().is_whole(), "{at}");
+            backup(&open(), &gone).unwrap();
+        }
+        if pruned.is_ok() {
+            break;
+        }
+    }
+    assert!(decided > 3, "{decided}");
+}

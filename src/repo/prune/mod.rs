@@ -120,7 +120,16 @@ impl Repository {
             pruned: Pruned::default(),
         };
         for _ in 0..TURNS {
-            let state = self.generations()?;
+            let state = match self.generations() {
+                Err(error) if error.is_damage() && !options.dry_run => {
+                    if !generations::give_up(&**self.storage(), self.keys().mac())? {
+                        return Err(error);
+                    }
+                    tracing::error!(%error, "a prune is given up and begun anew");
+                    continue;
+                }
+                state => state?,
+            };
             match run.turn(&state) {
                 Ok(Turn::Again) => {}
                 Ok(Turn::Last) if options.dry_run => return Ok(run.pruned),
