@@ -71,6 +71,26 @@ impl Growth<'_> {
             self.add(format!("{mib} MiB of noise, full peak MiB"), cost.peak_mib);
         }
         std::fs::remove_file(&image)?;
+        for size in ["4G", "40G"] {
+            let server = Serving::quarter_full(self.scratch, size)?;
+            self.init()?;
+            for what in ["full", "full again"] {
+                let cost = self.ours(&["full", &server.uri()])?;
+                self.add(
+                    format!("{size}, a quarter of it data, {what} s"),
+                    cost.seconds,
+                );
+                let name = format!("{size}, a quarter of it data, {what} peak MiB");
+                self.add(name, cost.peak_mib);
+            }
+            let copy = self.scratch.join("growth.copy");
+            let cost = self.ours(&["restore", "latest", "--to", &text(&copy)])?;
+            self.add(
+                format!("{size}, a quarter of it data, restore peak MiB"),
+                cost.peak_mib,
+            );
+            std::fs::remove_file(&copy)?;
+        }
         Ok(())
     }
 
