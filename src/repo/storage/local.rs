@@ -21,7 +21,7 @@ use super::{FileInfo, Hold, NewFile, Storage, StorageError};
 pub struct LocalStorage {
     root: PathBuf,
     folders: Arc<Folders>,
-    open: Mutex<OpenFiles>,
+    open: Arc<Mutex<OpenFiles>>,
 }
 
 impl LocalStorage {
@@ -40,7 +40,7 @@ impl LocalStorage {
                 state: Mutex::default(),
                 syncing: Mutex::new(()),
             }),
-            open: Mutex::default(),
+            open: Arc::default(),
             root,
         })
     }
@@ -115,6 +115,7 @@ impl LocalStorage {
                 file,
                 path,
                 folders: Arc::clone(&self.folders),
+                open: Arc::clone(&self.open),
                 published: false,
             });
         }
@@ -287,6 +288,7 @@ struct LocalFile {
     file: File,
     path: PathBuf,
     folders: Arc<Folders>,
+    open: Arc<Mutex<OpenFiles>>,
     published: bool,
 }
 
@@ -297,16 +299,34 @@ impl NewFile for LocalFile {
             .map_err(|e| StorageError::from_io("write", &self.path.display().to_string(), e))
     }
 
-    fn publish(mut self: Box<Self>, name: &str) -> Result<(), StorageError> {
+    fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        self.put(name, rename_new)
+    }
+
+    fn replace(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        let open = Arc::clone(&self.open);
+        let done = self.put(name, |from, to| fs::rename(from, to));
+        lock(&open).forget(name);
+        done
+    }
+}
+
+impl LocalFile {
+    /// Makes the content durable and moves the file to its name.
+    fn put(
+        mut self: Box<Self>,
+        name: &str,
+        rename: impl Fn(&Path, &Path) -> io::Result<()>,
+    ) -> Result<(), StorageError> {
         self.file
             .sync_all()
             .map_err(|e| StorageError::from_io("sync", name, e))?;
         let target = self.folders.root.join(name);
-        let moved = match rename_new(&self.path, &target) {
+        let moved = match rename(&self.path, &target) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let folder = target.parent().unwrap_or(&target);
                 fs::create_dir_all(folder).map_err(|e| StorageError::from_io("create", name, e))?;
-                rename_new(&self.path, &target)
+                rename(&self.path, &target)
             }
             other => other,
         };
