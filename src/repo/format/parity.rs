@@ -339,3 +339,254 @@ const ENCODE_COLUMN: usize = 16 << 10;
 
 /// What is decoded at once of each shard; each time costs a millisecond by itself.
 const DECODE_COLUMN: usize = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A pack's bytes; only their length matters here.
+    fn pack(len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        blake3::Hasher::new()
+            .update(&len.to_le_bytes())
+            .finalize_xof()
+            .fill(&mut bytes);
+        bytes
+    }
+
+    fn parity_of(pack: &[u8], most: u8) -> (ParityHeader, Vec<Vec<u8>>) {
+        let shape = Shape::of(pack.len() as u64, most).unwrap();
+        let read = &mut |at, bytes: &mut [u8]| {
+            bytes.copy_from_slice(&pack[at as usize..][..bytes.len()]);
+            Ok(())
+        };
+        let (sums, shards) = compute(&shape, read).unwrap();
+        let header = ParityHeader {
+            repo: RepoUuid::from_bytes([3; 16]),
+            pack: (PackKind::Meta, PackId::from_bytes([5; 16])),
+            shape,
+            sums,
+        };
+        (header, shards)
+    }
+
+    /// Loses shards and returns whether the pack is had back, byte for byte.
+    fn survives(
+        pack: &[u8],
+        (header, shards): &(ParityHeader, Vec<Vec<u8>>),
+        lost: &[usize],
+    ) -> bool {
+        let shape = header.shape;
+        let len = shape.shard_len() as usize;
+        let mut data = pack.to_vec();
+        data.resize(len * shape.data(), 0);
+        let mut good = vec![true; shape.data()];
+        let mut parity: Vec<_> = shards.iter().cloned().map(Some).collect();
+        for shard in lost {
+            match shard.checked_sub(shape.data()) {
+                None => {
+                    data[shard * len..(shard + 1) * len].fill(0xee);
+                    good[*shard] = false;
+                }
+                Some(shard) => parity[shard] = None,
+            }
+        }
+        let done = restore(&shape, &mut data, &good, &parity);
+        for (shard, bytes) in data.chunks(len).enumerate() {
+            let fits = header.fits(shard, blake3::Hasher::new().update(bytes));
+            assert_eq!(fits, done.is_ok() || good[shard], "shard {shard}");
+        }
+        done.is_ok() && data[..pack.len()] == *pack && data[pack.len()..].iter().all(|b| *b == 0)
+    }
+
+    #[test]
+    fn each_length_is_cut_into_64_parts_at_most() {
+        let lens = (1..40_000).chain([
+            (1 << 20) - 1,
+            1 << 20,
+            (64 << 20) + 77,
+            1 << 30,
+            u64::from(u32::MAX) - 4096,
+        ]);
+        for len in lens {
+            for most in [1, 4, 16] {
+                let shape = Shape::of(len, most).unwrap();
+                let (shard, data) = (shape.shard_len(), shape.data() as u64);
+                assert!(shard >= 512 && shard % 64 == 0 && data <= 64, "{len}");
+                assert!(shard == 512 || shard < len / 64 + 65, "{len}");
+                assert!(shard * (data - 1) < len && len <= shard * data, "{len}");
+                assert_eq!(shape.parity(), shape.data().min(most.into()));
+                let stored = (0..shape.data()).map(|i| shape.stored_len(i));
+                assert_eq!(stored.sum::<u64>(), len);
+            }
+        }
+        for refused in [
+            Shape::of(0, 4),
+            Shape::of(1, 0),
+            Shape::of(1, 17),
+            Shape::of(1 << 32, 4),
+            Shape::of(u64::from(u32::MAX), 4).filter(|s| s.data() > 64),
+        ] {
+            assert_eq!(refused, None);
+        }
+    }
+
+    #[test]
+    fn small_pack_survives_each_loss_of_as_many_shards_as_it_has_parity() {
+        let around = |n: usize| [n * 512 - 1, n * 512, n * 512 + 1];
+        let mut lens = vec![1, 2, 116, 300];
+        lens.extend((1..=6).flat_map(around));
+        for len in lens {
+            let pack = pack(len);
+            for most in [1, 2, 4, 5] {
+                let whole = parity_of(&pack, most);
+                let shape = whole.0.shape;
+                assert!(
+                    whole
+                        .1
+                        .iter()
+                        .all(|shard| shard.len() == shape.shard_len() as usize)
+                );
+                if shape.data() == 1 {
+                    assert!(whole.1[0].starts_with(&pack), "it is a copy");
+                }
+                for set in 0..1_u32 << shape.shards() {
+                    let lost: Vec<usize> =
+                        (0..shape.shards()).filter(|i| set >> i & 1 == 1).collect();
+                    let enough = lost.len() <= shape.parity();
+                    // Without a lost data shard there is nothing to be had back.
+                    let nothing = lost.iter().all(|shard| *shard >= shape.data());
+                    let had_back = survives(&pack, &whole, &lost);
+                    assert_eq!(had_back, enough || nothing, "{len} bytes, {lost:?} lost");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn large_pack_survives_losses_in_any_place() {
+        // Shards of one column, of several, and with a last column that is narrower.
+        for len in [
+            64 * 512 - 1,
+            64 * 512 + 1,
+            300_000,
+            64 * (16 << 10),
+            6_000_001,
+        ] {
+            let pack = pack(len);
+            for most in [1, 3, 4, 16] {
+                let whole = parity_of(&pack, most);
+                let (data, parity) = (whole.0.shape.data(), whole.0.shape.parity());
+                for start in [0, 1, data / 2, data - parity, data - 1, data] {
+                    let lost: Vec<usize> = (start..start + parity).collect();
+                    assert!(survives(&pack, &whole, &lost), "{len}: {lost:?}");
+                    let spread: Vec<usize> = (0..parity).map(|i| i * (data / parity)).collect();
+                    assert!(survives(&pack, &whole, &spread), "{len}: {spread:?}");
+                }
+                let many: Vec<usize> = (0..=parity).collect();
+                assert!(!survives(&pack, &whole, &many), "{len}");
+            }
+        }
+    }
+
+    /// The element that two bytes stand for, as `docs/format.md` has it.
+    fn element(word: u16) -> u16 {
+        const BASIS: [u16; 16] = [
+            0x0001, 0xacca, 0x3c0e, 0x163e, 0xc582, 0xed2e, 0x914c, 0x4012, 0x6c98, 0x10d8, 0x6a72,
+            0xb900, 0xfdb8, 0xfb34, 0xff38, 0x991e,
+        ];
+        let bits = BASIS.iter().enumerate();
+        bits.filter(|(bit, _)| word >> bit & 1 == 1)
+            .fold(0, |sum, (_, element)| sum ^ element)
+    }
+
+    fn product(a: u16, b: u16) -> u16 {
+        let (mut a, mut sum) = (u32::from(a), 0);
+        for bit in 0..16 {
+            if b >> bit & 1 == 1 {
+                sum ^= a;
+            }
+            a <<= 1;
+            if a > 0xffff {
+                a ^= 0x1_002d;
+            }
+        }
+        sum as u16
+    }
+
+    #[test]
+    fn code_is_the_one_that_the_page_describes() {
+        for (len, most) in [(40_000, 4), (40_000, 1), (20_000, 16), (3_000, 2), (300, 4)] {
+            let pack = pack(len);
+            let (header, shards) = parity_of(&pack, most);
+            let (shape, len) = (header.shape, header.shape.shard_len() as usize);
+            let mut data = pack.clone();
+            data.resize(len * shape.data(), 0);
+            // Of parity shards that are not a power of two in number the page says how the others are made up for: they
+            // are unknowns. Here only powers of two are looked at.
+            let count = shape.parity();
+            assert!(count.is_power_of_two());
+            let all: Vec<&[u8]> = shards
+                .iter()
+                .map(Vec::as_slice)
+                .chain(data.chunks(len))
+                .collect();
+            for at in [0, 1, 31, 64, len - 33] {
+                let at = at / 64 * 64 + at % 32;
+                for power in 0..count {
+                    let sum = all.iter().enumerate().fold(0, |sum, (place, shard)| {
+                        let word = u16::from_le_bytes([shard[at], shard[at + 32]]);
+                        let place = element(place as u16);
+                        let factor = (0..power).fold(1, |factor, _| product(factor, place));
+                        sum ^ product(element(word), factor)
+                    });
+                    assert_eq!(sum, 0, "{count} parity shards, word at {at}, power {power}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn header_survives_its_bytes_and_no_other_byte_or_length_is_taken() {
+        for len in [1, 700, 100_000] {
+            let (header, shards) = parity_of(&pack(len), 4);
+            let bytes = header.encode();
+            assert_eq!(bytes.len(), header.shape.header_len());
+            let file_len = bytes.len() + shards.iter().map(Vec::len).sum::<usize>();
+            assert_eq!(header.shape.file_len(), file_len as u64);
+            let file_len = file_len as u64;
+            assert_eq!(ParityHeader::decode(&bytes, file_len), Ok(header.clone()));
+            for at in 0..bytes.len() {
+                for bit in 0..8 {
+                    let mut bytes = bytes.clone();
+                    bytes[at] ^= 1 << bit;
+                    let read = ParityHeader::decode(&bytes, file_len);
+                    assert!(read.is_err(), "byte {at}, bit {bit}");
+                }
+                assert!(ParityHeader::decode(&bytes[..at], file_len).is_err());
+            }
+            for file_len in [0, file_len - 1, file_len + 1, u64::MAX] {
+                assert!(ParityHeader::decode(&bytes, file_len).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn name_of_a_file_is_that_of_its_pack() {
+        let pack = PackId::from_bytes([0xab; 16]);
+        let name = file_name(&pack);
+        assert_eq!(name, format!("parity/ab/{}", "ab".repeat(16)));
+        assert_eq!(parse_file_name(&name), Some(pack));
+        for other in ["parity/aa/", "packs/ab/", "parity/", "parity/ab/x"] {
+            assert_eq!(parse_file_name(&format!("{other}{pack}")), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_never_panic(bytes: Vec<u8>, len: u64) {
+            prop_assert!(ParityHeader::decode(&bytes, len).is_err());
+        }
+    }
+}
