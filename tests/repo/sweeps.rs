@@ -57,7 +57,7 @@ fn pending() -> (Scene, (SnapshotId, Vec<u8>)) {
 /// Dies at each call of `op`, loses power in each of a few ways, and checks; returns the numbers of calls and checks.
 ///
 /// `check` learns whether `op` said that it had succeeded.
-fn die_at_each(
+pub(crate) fn die_at_each(
     start: &MemoryStorage,
     op: impl Fn(Arc<dyn Storage>) -> Result<(), RepoError>,
     check: impl Fn(&MemoryStorage, bool, &str),

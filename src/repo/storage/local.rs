@@ -504,6 +504,26 @@ mod tests {
     }
 
     #[test]
+    fn replace_takes_the_place_of_a_file_that_is_open_or_of_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = LocalStorage::open(dir.path()).unwrap();
+        new_file(&storage, b"old", "a/b").unwrap();
+        storage.barrier().unwrap();
+        let mut buf = [0; 3];
+        storage.read_at("a/b", 0, &mut buf).unwrap();
+        for name in ["a/b", "c/d"] {
+            let mut file = Storage::create(&storage).unwrap();
+            file.write(b"new").unwrap();
+            file.replace(name).unwrap();
+            storage.read_at(name, 0, &mut buf).unwrap();
+            assert_eq!(&buf, b"new", "{name}");
+            assert!(!lock(&storage.folders.state).changed.is_empty());
+            storage.barrier().unwrap();
+        }
+        assert_eq!(fs::read_dir(dir.path().join(TMP)).unwrap().count(), 0);
+    }
+
+    #[test]
     fn sweep_takes_leftovers_and_spares_files_being_written() {
         let dir = tempfile::tempdir().unwrap();
         let storage = LocalStorage::open(dir.path()).unwrap();
