@@ -18,6 +18,7 @@ use super::index::Index;
 use super::key_slots::{Unlocked, damaged_slots, first_slot, is_first_slot, unlock};
 use super::keys::Keys;
 use super::map::{MapReader, Nodes};
+use super::parity::Parity;
 use super::secret::{PasswordCost, Secret};
 use super::session::{Session, SessionOptions};
 use super::snapshot::{MapRoot, Snapshot};
@@ -43,6 +44,8 @@ pub struct InitOptions {
     pub chunk_size: ChunkSize,
     /// How chunks are compressed unless a session says otherwise.
     pub compression: Compression,
+    /// How much of each pack can be computed again when it is damaged.
+    pub parity: Parity,
 }
 
 /// The snapshots of a repository.
@@ -87,7 +90,12 @@ impl Repository {
             Some(_) => Encryption::Aes256Gcm,
         };
         let keys = Keys::derive(&unlocked.master.0, encryption);
-        let config = Config::new(options.chunk_size, options.compression, encryption)?;
+        let config = Config::new(
+            options.chunk_size,
+            options.compression,
+            encryption,
+            options.parity.shards(),
+        )?;
         let file = config.encode(keys.mac())?;
         storage.barrier()?;
         create(&*storage, CONFIG_FILES[1], &file)?;
@@ -167,6 +175,11 @@ impl Repository {
     /// How chunks are compressed unless a session says otherwise.
     pub fn compression(&self) -> Compression {
         self.config.compression
+    }
+
+    /// How many lost parts of each new pack its parity makes up for.
+    pub fn parity(&self) -> Parity {
+        Parity::new(self.config.parity).unwrap_or(Parity::NONE)
     }
 
     /// Whether and how it is encrypted.

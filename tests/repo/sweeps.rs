@@ -57,7 +57,7 @@ fn pending() -> (Scene, (SnapshotId, Vec<u8>)) {
 /// Dies at each call of `op`, loses power in each of a few ways, and checks; returns the numbers of calls and checks.
 ///
 /// `check` learns whether `op` said that it had succeeded.
-fn die_at_each(
+pub(crate) fn die_at_each(
     start: &MemoryStorage,
     op: impl Fn(Arc<dyn Storage>) -> Result<(), RepoError>,
     check: impl Fn(&MemoryStorage, bool, &str),
@@ -105,6 +105,7 @@ fn assert_recovers(storage: &MemoryStorage, whole: &[&(SnapshotId, Vec<u8>)], wh
     let rest = open(storage).prune(&at_once()).unwrap();
     assert_eq!((rest.unused_bytes, rest.removed_bytes), (0, 0), "{what}");
     assert!(storage.list("sess/").unwrap().is_empty(), "{what}");
+    crate::parity::assert_no_orphans(storage, what);
     let decided = storage.list("gc/").unwrap();
     assert!(
         decided.iter().all(|f| f.name.ends_with(".done")),
