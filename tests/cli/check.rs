@@ -203,7 +203,12 @@ fn damaged_and_missing_parity_is_said_harms_nothing_and_is_made_anew() {
     assert_eq!(keyless["damaged_parity"], found["damaged_parity"]);
     let shown = lab.run_text(&["check", "--read-data"]);
     let shown = String::from_utf8(shown.stdout).unwrap();
-    for words in ["parity: parity/", "it is missing", "run nbdbackup repair", "is whole"] {
+    for words in [
+        "parity: parity/",
+        "it is missing",
+        "run nbdbackup repair",
+        "is whole",
+    ] {
         assert!(shown.contains(words), "{shown}");
     }
     let done = lab.run(&["repair", "--only-marked"]).result();

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use nbdbackup::repo::{MemoryStorage, PackKind, RecordFlags, Repository, Storage};
+use nbdbackup::repo::{CheckOptions, MemoryStorage, PackKind, RecordFlags, Repository, Storage};
 
 use crate::support::*;
 
@@ -34,6 +34,10 @@ fn sample(folder: &str) -> (String, Vec<u8>) {
 }
 
 fn repo_of_the_page() -> Arc<Repository> {
+    Repository::open(Arc::new(files_of_the_page())).unwrap()
+}
+
+fn files_of_the_page() -> MemoryStorage {
     let storage = MemoryStorage::new();
     for (name, bytes) in samples() {
         storage.damage(&name, bytes.clone());
@@ -41,8 +45,8 @@ fn repo_of_the_page() -> Arc<Repository> {
             storage.damage(&format!("{name}.bak"), bytes);
         }
     }
-    assert_eq!(storage.list("").unwrap().len(), 8);
-    Repository::open(Arc::new(storage)).unwrap()
+    assert_eq!(storage.list("").unwrap().len(), 10);
+    storage
 }
 
 #[test]
@@ -141,6 +145,39 @@ fn fields_of_the_samples_are_where_the_page_says() {
     let directory = &segment[directory as usize..segment.len() - 48];
     assert_eq!(directory[..12], [0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(directory.len(), 28 + 2 * 17 + 8 + 32);
+}
+
+#[test]
+fn packs_of_the_page_are_computed_from_its_parity() {
+    let storage = files_of_the_page();
+    let repo = Repository::open(Arc::new(storage.clone())).unwrap();
+    let options = CheckOptions {
+        read_data_percent: Some(100.0),
+        repair: true,
+        ..CheckOptions::default()
+    };
+    let found = repo.check(&options, &|_, _| {}).unwrap();
+    assert!(found.is_whole());
+    assert_eq!((found.parity_files, found.parity_total), (2, 0));
+    let packs = [sample("packs/"), sample("meta/")];
+    for (name, pack) in &packs {
+        let (_, bytes) = sample(&format!("parity/{}", name.split_once('/').unwrap().1));
+        assert_eq!(bytes[48..52], [u8::from(name.starts_with("meta")), 1, 1, 0]);
+        assert_eq!(bytes[52..56], 512_u32.to_le_bytes());
+        assert_eq!(bytes[56..64], (pack.len() as u64).to_le_bytes());
+        assert!(bytes[128..].starts_with(pack));
+        let hash = blake3::hash(&bytes[128..]);
+        assert_eq!(bytes[64..80], hash.as_bytes()[..16]);
+        assert_eq!(bytes[80..96], hash.as_bytes()[..16]);
+        assert_eq!(bytes[96..128], *blake3::hash(&bytes[..96]).as_bytes());
+        storage.damage(name, vec![7; 90]);
+    }
+    let repo = Repository::open(Arc::new(storage.clone())).unwrap();
+    repo.check(&options, &|_, _| {}).unwrap();
+    assert_eq!(repo.repair(None).unwrap().mended.len(), 2);
+    for (name, pack) in packs {
+        assert_eq!(storage.read(&name, u64::MAX).unwrap(), pack);
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nbdbackup::repo::{CheckOptions, LocalStorage, Repository, Secret};
+use nbdbackup::repo::{CheckOptions, LocalStorage, Repository, Secret, Storage};
 
 use crate::support::{CHUNK, backup, restore_disk};
 
@@ -13,7 +13,7 @@ struct Golden {
     secret: Option<Secret>,
 }
 
-fn all() -> [Golden; 2] {
+fn all() -> [Golden; 3] {
     [
         Golden {
             folder: "v1-plain",
@@ -22,6 +22,10 @@ fn all() -> [Golden; 2] {
         Golden {
             folder: "v1-encrypted",
             secret: Some(Secret::password(PASSWORD.into()).unwrap()),
+        },
+        Golden {
+            folder: "v1-parity",
+            secret: None,
         },
     ]
 }
@@ -75,8 +79,39 @@ fn each_golden_repository_is_read_checked_and_written_to() {
         };
         let found = repo.check(&options, &|_, _| {}).unwrap();
         assert!(found.is_whole(), "{}: {found:?}", golden.folder);
+        let parity = std::fs::exists(folder.path().join("parity")).unwrap();
+        assert_eq!(parity, golden.folder == "v1-parity");
+        assert_eq!(found.parity_files, if parity { found.packs } else { 0 });
+        assert_eq!(found.parity_total, 0, "{}: {found:?}", golden.folder);
         let again = backup(&repo, &read[1]).unwrap();
         assert_eq!(again.packs, [], "{}", golden.folder);
+    }
+}
+
+#[test]
+fn packs_of_the_golden_repository_with_parity_are_computed_from_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let golden = fixtures().join("v1-parity");
+    copy(&golden, folder.path());
+    let storage = Arc::new(LocalStorage::open(folder.path()).unwrap());
+    let mut packs = storage.list("packs/").unwrap();
+    packs.extend(storage.list("meta/").unwrap());
+    for pack in &packs {
+        let file = folder.path().join(&pack.name);
+        let mut bytes = std::fs::read(&file).unwrap();
+        bytes[80..].fill(b'?');
+        std::fs::write(&file, bytes).unwrap();
+    }
+    let repo = Repository::open(storage).unwrap();
+    let options = CheckOptions {
+        repair: true,
+        ..CheckOptions::default()
+    };
+    repo.check(&options, &|_, _| {}).unwrap();
+    assert_eq!(repo.repair(None).unwrap().mended.len(), packs.len());
+    for pack in packs {
+        let now = std::fs::read(folder.path().join(&pack.name)).unwrap();
+        assert_eq!(now, std::fs::read(golden.join(&pack.name)).unwrap());
     }
 }
 
