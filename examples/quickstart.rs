@@ -47,6 +47,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         chunk_bytes: 128 << 10,
         compression: None,
         secret: None,
+        parity: Default::default(),
     };
     Catalog::init(repository.clone(), request).await?;
     let catalog = Catalog::open(repository, None).await?;

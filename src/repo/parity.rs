@@ -151,8 +151,8 @@ impl Shards {
         self.lost() <= self.header.shape.parity()
     }
 
-    /// Says how many shards are lost.
-    pub(crate) fn says(&self) -> String {
+    /// Says how many shards of a pack and of its parity are lost.
+    fn says(&self) -> String {
         let shape = self.header.shape;
         format!(
             "{} of {} parts of it and of its parity are damaged, and parity makes up for {}",

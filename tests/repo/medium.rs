@@ -124,7 +124,7 @@ fn sector_that_cannot_be_read_is_computed_from_parity() {
             let repo = open(&storage);
             assert_eq!(
                 repo.repair(None).unwrap().whole,
-                [pack.name.clone()],
+                std::slice::from_ref(&pack.name),
                 "{what}"
             );
             assert!(check(&repo, false).unwrap().is_whole(), "{what}");

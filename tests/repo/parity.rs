@@ -429,7 +429,7 @@ fn parity_that_a_session_has_not_written_yet_is_not_missed() {
     session
         .commit(draft("disk", disk.len() as u64, root))
         .unwrap();
-    assert_eq!(missed(&storage), [pack.clone()]);
+    assert_eq!(missed(&storage), std::slice::from_ref(&pack));
     assert_eq!(repo.mend_parity(false).unwrap(), [pack]);
     assert_eq!(missed(&storage), Vec::<String>::new());
 }
@@ -568,4 +568,50 @@ fn repository_without_parity_stays_so() {
     assert!(scene.storage.list("parity/").unwrap().is_empty());
     let found = check(&repo, true, false);
     assert_eq!((found.parity_files, found.parity_total), (0, 0));
+}
+
+#[test]
+fn what_does_not_prove_to_be_the_pack_never_takes_its_place() {
+    let sample = Sample::two_backups(new_repo());
+    let pack = sample.storage.list("packs/").unwrap().remove(0).name;
+    let good = sample.storage.read(&pack, u64::MAX).unwrap();
+    let start = copy(&sample.storage);
+    start.damage(&pack, [&good[..75], &[!good[75]], &good[76..]].concat());
+    check(&open(&start), true, true);
+    // Another record is damaged in the copy, whose footer is as good as the one here.
+    let mut forged = good.clone();
+    forged[80] ^= 1;
+    let mirror = copy(&sample.storage);
+    mirror.damage(&pack, forged.clone());
+    // And parity of such a pack, whose sums all fit.
+    let file = parity_of(&pack);
+    let parity = sample.storage.read(&file, u64::MAX).unwrap();
+    assert_eq!(parity[49..51], [1, 1], "a pack of one shard");
+    forged.resize(512, 0);
+    let sum = *blake3::hash(&forged).as_bytes();
+    let sum = &sum[..16];
+    let head = [&parity[..64], sum, sum].concat();
+    let hash = *blake3::hash(&head).as_bytes();
+    let fitting = [&head[..], &hash, &forged].concat();
+    assert_eq!(fitting.len(), parity.len());
+    for (parity, from) in [
+        (None, Some(&mirror)),
+        (Some(fitting.clone()), None),
+        (Some(fitting), Some(&mirror)),
+    ] {
+        let storage = copy(&start);
+        match parity {
+            Some(bytes) => storage.damage(&file, bytes),
+            None => storage.remove(&file).unwrap(),
+        }
+        let before = files(&storage);
+        let repo = open(&storage);
+        let done = repo
+            .repair(from.map(|mirror| mirror as &dyn Storage))
+            .unwrap();
+        assert_eq!(done.failed.len(), 1, "{done:?}");
+        assert!(done.mended.is_empty() && done.fetched.is_empty());
+        assert!(files(&storage) == before);
+        assert!(!storage.list("bad/").unwrap().is_empty());
+    }
 }

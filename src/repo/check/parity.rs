@@ -102,8 +102,11 @@ pub(crate) fn compare(
     let shards =
         read_header(storage, repo, name).and_then(|header| Shards::read(storage, header, true));
     Ok(match passing(shards)? {
-        Ok(shards) if shards.lost() > 0 => Some(shards.says()),
-        Ok(_) | Err(_) => None,
+        Ok(shards) => match shards.lost() {
+            0 => None,
+            lost => Some(format!("{lost} of its parts do not have their sums")),
+        },
+        Err(_) => None,
     })
 }
 

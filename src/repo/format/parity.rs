@@ -200,12 +200,15 @@ fn sum_of(hasher: &blake3::Hasher) -> ShardSum {
     first(hasher.finalize().as_bytes())
 }
 
+/// Fills a buffer with what stands at an offset.
+pub(crate) type Read<'a> = dyn FnMut(u64, &mut [u8]) -> Result<(), RepoError> + 'a;
+
 /// Computes parity of a pack, of which `read` gives any part; returns the sums of all shards, and the parity shards.
 ///
 /// The pack is gone through in columns: the same part of each shard. So all of the pack need not be in memory.
 pub(crate) fn compute(
     shape: &Shape,
-    read: &mut dyn FnMut(u64, &mut [u8]) -> Result<(), RepoError>,
+    read: &mut Read<'_>,
 ) -> Result<(Vec<ShardSum>, Vec<Vec<u8>>), RepoError> {
     let (data, parity) = (shape.data(), shape.parity());
     let mut hashers = vec![blake3::Hasher::new(); shape.shards()];

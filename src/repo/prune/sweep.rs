@@ -18,7 +18,7 @@ use crate::repo::ids::{PackId, SnapshotId};
 use crate::repo::presence::{Dead, open_sessions};
 use crate::repo::repository::Repository;
 use crate::repo::snapshot::{DiskRecord, Snapshot};
-use crate::repo::storage::StorageError;
+use crate::repo::storage::{FileInfo, StorageError};
 
 /// Removes what a generation condemned, once no session can refer to it any more; false when another process decided
 /// otherwise meanwhile.
@@ -118,30 +118,19 @@ fn carry_out(repo: &Repository, sweep: &Sweep, pruned: &mut Pruned) -> Result<()
             Err(StorageError::Missing { .. }) => {}
             Err(other) => return Err(other.into()),
         }
-        remove_parity(repo, &parity::file_name(pack), pruned)?;
     }
     storage.barrier()?;
     Ok(())
 }
 
-fn remove_parity(repo: &Repository, file: &str, pruned: &mut Pruned) -> Result<(), RepoError> {
-    let len = match repo.storage().len(file) {
-        Ok(len) => len,
-        Err(StorageError::Missing { .. }) => return Ok(()),
-        Err(other) => return Err(other.into()),
-    };
-    match repo.storage().remove(file) {
-        Ok(()) => pruned.removed_parity_bytes += len,
-        Err(StorageError::Missing { .. }) => {}
-        Err(other) => return Err(other.into()),
-    }
-    Ok(())
-}
-
-/// Removes the parity of packs that are gone, which a prune left that was stopped.
+/// Removes the parity of packs that are gone, whichever prune removed them.
 pub(super) fn remove_idle_parity(repo: &Repository, pruned: &mut Pruned) -> Result<(), RepoError> {
     for file in idle_parity(repo)? {
-        remove_parity(repo, &file, pruned)?;
+        match repo.storage().remove(&file.name) {
+            Ok(()) => pruned.removed_parity_bytes += file.len,
+            Err(StorageError::Missing { .. }) => {}
+            Err(other) => return Err(other.into()),
+        }
     }
     Ok(())
 }
@@ -152,7 +141,8 @@ pub(super) fn report_parity(
     packs: &[PackName],
     pruned: &mut Pruned,
 ) -> Result<(), RepoError> {
-    let mut goes: HashSet<String> = idle_parity(repo)?.into_iter().collect();
+    let idle = idle_parity(repo)?.into_iter().map(|file| file.name);
+    let mut goes: HashSet<String> = idle.collect();
     goes.extend(packs.iter().map(|(_, pack)| parity::file_name(pack)));
     let files = repo.storage().list(parity::FOLDER)?.into_iter();
     let goes = files.filter(|file| goes.contains(&file.name));
@@ -161,7 +151,7 @@ pub(super) fn report_parity(
 }
 
 /// Finds the parity of packs that are gone.
-fn idle_parity(repo: &Repository) -> Result<Vec<String>, RepoError> {
+fn idle_parity(repo: &Repository) -> Result<Vec<FileInfo>, RepoError> {
     // Before the packs: a pack is there before its parity is, and none comes back under a name that was used.
     let files = repo.storage().list(parity::FOLDER)?;
     let packs = list_packs(repo)?;
@@ -171,8 +161,10 @@ fn idle_parity(repo: &Repository) -> Result<Vec<String>, RepoError> {
     there.extend(bad.files().iter().map(|(_, mark)| mark.pack.1));
     Ok(files
         .into_iter()
-        .map(|file| file.name)
-        .filter(|file| parity::parse_file_name(file).is_some_and(|pack| !there.contains(&pack)))
+        .filter(|file| {
+            let pack = parity::parse_file_name(&file.name);
+            pack.is_some_and(|pack| !there.contains(&pack))
+        })
         .collect())
 }
 

@@ -300,12 +300,12 @@ impl NewFile for LocalFile {
     }
 
     fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
-        self.put(name, rename_new)
+        (*self).put(name, rename_new)
     }
 
     fn replace(self: Box<Self>, name: &str) -> Result<(), StorageError> {
         let open = Arc::clone(&self.open);
-        let done = self.put(name, |from, to| fs::rename(from, to));
+        let done = (*self).put(name, |from, to| fs::rename(from, to));
         lock(&open).forget(name);
         done
     }
@@ -314,7 +314,7 @@ impl NewFile for LocalFile {
 impl LocalFile {
     /// Makes the content durable and moves the file to its name.
     fn put(
-        mut self: Box<Self>,
+        mut self,
         name: &str,
         rename: impl Fn(&Path, &Path) -> io::Result<()>,
     ) -> Result<(), StorageError> {
