@@ -8,7 +8,7 @@ use super::error::RepoError;
 use super::format::FileKind;
 use super::format::envelope::MAX_SMALL_FILE;
 use super::format::generation::PackName;
-use super::format::pack::PackKind;
+use super::format::pack::{MAX_PACK, PackKind};
 use super::format::parity::file_name as parity_file;
 use super::format::segment::{self, SegmentEntry};
 use super::index::Index;
@@ -271,8 +271,5 @@ fn read_pack(copy: &dyn Storage, repo: &Repository, name: &PackName) -> Result<V
     read_footer(copy, repo.uuid(), name.0, name.1)?;
     Ok(copy.read(&name.0.file_name(&name.1), MAX_PACK)?)
 }
-
-/// The longest pack: one is closed at 1 GiB, and a record and a footer add a few MiB.
-const MAX_PACK: u64 = (1 << 30) + (32 << 20);
 
 const PIECE: usize = 1 << 20;

@@ -588,7 +588,8 @@ fn what_does_not_prove_to_be_the_pack_never_takes_its_place() {
     let parity = sample.storage.read(&file, u64::MAX).unwrap();
     assert_eq!(parity[49..51], [1, 1], "a pack of one shard");
     forged.resize(512, 0);
-    let sum = &blake3::hash(&forged).as_bytes()[..16];
+    let sum = *blake3::hash(&forged).as_bytes();
+    let sum = &sum[..16];
     let head = [&parity[..64], sum, sum].concat();
     let hash = *blake3::hash(&head).as_bytes();
     let fitting = [&head[..], &hash, &forged].concat();

@@ -241,6 +241,9 @@ pub(crate) const MAX_RECORDS: usize = 1 << 16;
 
 const MAX_FOOTER: u32 = (MAX_RECORDS * FooterEntry::LEN) as u32;
 
+/// The longest pack: one is closed at 1 GiB, and a record and a footer add a few MiB.
+pub(crate) const MAX_PACK: u64 = (1 << 30) + (32 << 20);
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@ use reed_solomon_simd::rate::{HighRateDecoder, HighRateEncoder, RateDecoder, Rat
 
 use super::cursor::Cursor;
 use super::generation::PackName;
-use super::pack::PackKind;
+use super::pack::{MAX_PACK, PackKind};
 use super::{DecodeError, FileKind, decode_header, encode_header, first};
 use crate::repo::error::RepoError;
 use crate::repo::ids::{PackId, RepoUuid};
@@ -43,7 +43,9 @@ pub(crate) struct Shape {
 impl Shape {
     /// Cuts a pack of `pack_len` bytes so that up to `most` lost shards can be made up for; `None` when it cannot be cut.
     pub(crate) fn of(pack_len: u64, most: u8) -> Option<Self> {
-        let pack_len = u32::try_from(pack_len).ok().filter(|len| *len > 0)?;
+        let pack_len = u32::try_from(pack_len)
+            .ok()
+            .filter(|_| (1..=MAX_PACK).contains(&pack_len))?;
         let shard_len = pack_len
             .div_ceil(MAX_DATA)
             .checked_next_multiple_of(BLOCK)?
@@ -405,13 +407,7 @@ mod tests {
 
     #[test]
     fn each_length_is_cut_into_64_parts_at_most() {
-        let lens = (1..40_000).chain([
-            (1 << 20) - 1,
-            1 << 20,
-            (64 << 20) + 77,
-            1 << 30,
-            u64::from(u32::MAX) - 4096,
-        ]);
+        let lens = (1..40_000).chain([(1 << 20) - 1, 1 << 20, (64 << 20) + 77, 1 << 30, MAX_PACK]);
         for len in lens {
             for most in [1, 4, 16] {
                 let shape = Shape::of(len, most).unwrap();
@@ -428,8 +424,8 @@ mod tests {
             Shape::of(0, 4),
             Shape::of(1, 0),
             Shape::of(1, 17),
+            Shape::of(MAX_PACK + 1, 4),
             Shape::of(1 << 32, 4),
-            Shape::of(u64::from(u32::MAX), 4).filter(|s| s.data() > 64),
         ] {
             assert_eq!(refused, None);
         }
