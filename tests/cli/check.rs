@@ -232,6 +232,16 @@ fn parity_is_chosen_when_a_repository_is_made() {
         let files = lab.repository_files().into_iter();
         let has = files.filter(|f| f.to_str().unwrap().contains("/parity/"));
         assert_eq!(has.count(), if shards == 0 { 0 } else { 2 });
+        // A copy goes by what its own repository was made for.
+        let other = lab.file("other");
+        let there = |args: &[&str]| run(&[&["--json", "--repo", &other], args].concat()).result();
+        let wanted = if shards == 0 { "1" } else { "0" };
+        there(&["init", "--encryption", "none", "--parity", wanted]);
+        lab.run(&["copy", "--to", &other]).result();
+        let checked = there(&["check"]);
+        let packs = if shards == 0 { 2 } else { 0 };
+        assert_eq!(number(&checked, "parity_packs"), packs, "{checked}");
+        assert_eq!(number(&checked, "damaged_parity_total"), 0, "{checked}");
     }
     Lab::empty().run(&["init", "--parity", "17"]).error(2);
 }

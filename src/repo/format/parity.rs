@@ -252,7 +252,7 @@ pub(crate) fn compute(
 
 /// Makes lost data shards anew: `data` holds all of them, one after the other, `parity` those parity shards that are good.
 ///
-/// `good` says which data shards are. What comes out is right if what went in was: it has to be compared with the sums.
+/// `good` says which data shards are. What comes out is right if all that went in was, which is for the caller to prove.
 pub(crate) fn restore(
     shape: &Shape,
     data: &mut [u8],
