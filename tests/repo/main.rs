@@ -13,6 +13,7 @@ mod growth;
 mod interleave;
 mod map_model;
 mod medium;
+mod mending;
 mod prune;
 mod races;
 mod resume;

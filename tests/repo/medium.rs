@@ -79,7 +79,6 @@ impl Storage for BadSector {
     }
 }
 
-const EIO: i32 = 5;
 const ESTALE: i32 = 116;
 
 fn check(repo: &Repository, repair: bool) -> Result<Checked, RepoError> {

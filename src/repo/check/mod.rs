@@ -251,6 +251,7 @@ impl Check<'_> {
         self.remove_idle_marks()?;
         let marks = std::mem::take(&mut self.marks);
         self.found.marked = marks.write(self.repo, &self.bad)?;
+        self.remove_unreadable_marks()?;
         // Marked is mended where nothing is lost with it: what needs the records finds them elsewhere.
         let mended: HashSet<String> = self
             .marked_packs
