@@ -73,15 +73,19 @@ impl Repository {
         self.storage().barrier()?;
         // A prune that dropped it after the first look may not have seen that the mark is gone. One that drops it after
         // this look does see that, before it decides.
-        if self.is_dropped(id)? || self.snapshot(id).is_err() {
-            match create(&**self.storage(), &file, &mark) {
-                Ok(()) | Err(RepoError::NotEmpty { .. }) => {}
-                Err(other) => return Err(other),
+        let failure = match (self.is_dropped(id), self.snapshot(id)) {
+            (Ok(false), Ok(_)) => return Ok(snapshot),
+            (Ok(true), _) | (_, Err(RepoError::NoSuchSnapshot { .. })) => {
+                RepoError::TooLate { id: *id }
             }
-            self.storage().barrier()?;
-            return Err(RepoError::TooLate { id: *id });
+            (Err(error), _) | (_, Err(error)) => error,
+        };
+        match create(&**self.storage(), &file, &mark) {
+            Ok(()) | Err(RepoError::NotEmpty { .. }) => {}
+            Err(other) => return Err(other),
         }
-        Ok(snapshot)
+        self.storage().barrier()?;
+        Err(failure)
     }
 
     /// Reads all marks.
@@ -99,7 +103,7 @@ impl Repository {
                 Ok(Some(mark)) => marks.snapshots.push(mark),
                 // Taken back since it was listed.
                 Ok(None) => continue,
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => marks.unreadable.push((file.name, error)),
             }
             marks.ids.insert(id);

@@ -271,7 +271,9 @@ fn load(storage: &dyn Storage) -> Result<Found, RepoError> {
                 .and_then(|bytes| KeySlot::decode(&bytes).map_err(|e| e.in_file(file)));
             slot.map_err(|e| faults.push((file.clone(), e))).ok()
         });
-        if let Some((_, error @ RepoError::Io { .. })) = faults.first() {
+        // A medium that cannot read one copy any more may read the other one.
+        let passing = |e: &&RepoError| matches!(e, RepoError::Io { .. }) && !e.is_bad_medium();
+        if let Some(error) = faults.iter().map(|(_, e)| e).find(passing) {
             return Err(error.clone());
         }
         match read {
@@ -303,7 +305,7 @@ pub(crate) fn damaged_slots(storage: &dyn Storage) -> Result<Vec<(String, RepoEr
                 read.and_then(|bytes| KeySlot::decode(&bytes).map_err(|e| e.in_file(&file)));
             match decoded {
                 Ok(_) => {}
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => damaged.push((file, error)),
             }
         }

@@ -46,7 +46,9 @@ impl Repository {
                         table.push((kind, pack));
                         add_all(&mut entries, number, &footer);
                     }
-                    Err(error @ RepoError::Io { .. }) => return Err(error),
+                    Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => {
+                        return Err(error);
+                    }
                     Err(error) => rebuilt.unreadable.push((file.name, error)),
                 }
                 if entries.len() >= SEGMENT_ENTRIES {

@@ -63,7 +63,9 @@ impl Repository {
                         table.push((kind, pack));
                         add_all(&mut entries, table.len() as u32 - 1, &footer);
                     }
-                    Err(error @ RepoError::Io { .. }) => return Err(error),
+                    Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => {
+                        return Err(error);
+                    }
                     // Reported by the check.
                     Err(_) => {}
                 }

@@ -107,8 +107,7 @@ impl Repository {
         storage: Arc<dyn Storage>,
         secret: Option<&Secret>,
     ) -> Result<Arc<Self>, RepoError> {
-        let present = CONFIG_FILES.iter().any(|file| storage.len(file).is_ok());
-        if !present {
+        if !is_present(&*storage)? {
             return Err(RepoError::NotARepository {
                 place: storage.place(),
             });
@@ -194,7 +193,7 @@ impl Repository {
             });
             match decoded {
                 Ok(_) => {}
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => damaged.push((file.to_owned(), error)),
             }
         }
@@ -371,6 +370,19 @@ pub(super) fn not_empty(storage: &dyn Storage, file: &str) -> RepoError {
     }
 }
 
+/// Whether there is a repository; fails when the storage cannot tell.
+fn is_present(storage: &dyn Storage) -> Result<bool, RepoError> {
+    let mut refused = None;
+    for file in CONFIG_FILES {
+        match storage.len(file) {
+            Ok(_) => return Ok(true),
+            Err(StorageError::Missing { .. }) => {}
+            Err(other) => refused = Some(other),
+        }
+    }
+    refused.map_or(Ok(false), |error| Err(error.into()))
+}
+
 /// Returns the first copy that can be read, else what was wrong with the first.
 fn first_good<T>(
     files: &[&str],
@@ -381,9 +393,8 @@ fn first_good<T>(
         match read(file) {
             Ok(value) => return Ok(value),
             // Neither says that the file is damaged.
-            Err(error @ (RepoError::Unsupported { .. } | RepoError::Io { .. })) => {
-                return Err(error);
-            }
+            Err(error @ RepoError::Unsupported { .. }) => return Err(error),
+            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
             Err(error) => damaged.push(((*file).to_owned(), error)),
         }
     }

@@ -1,6 +1,7 @@
 //! The repository as a whole: round trips, maps against a model, damage, crashes, concurrency and scale.
 
 mod check;
+mod copying;
 mod crash;
 mod damage;
 #[path = "../support/fuzz.rs"]
@@ -16,6 +17,8 @@ mod medium;
 mod mending;
 mod prune;
 mod races;
+mod refused;
+mod replay;
 mod resume;
 mod round_trip;
 mod scale;

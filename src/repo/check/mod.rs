@@ -228,7 +228,7 @@ impl Check<'_> {
         for gone in &list.forgotten {
             match self.repo.snapshot(&gone.snapshot.id) {
                 Ok(_) | Err(RepoError::NoSuchSnapshot { .. }) => {}
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => {
                     self.found
                         .fault(snapshot::file_name(&gone.snapshot.id), &error);
