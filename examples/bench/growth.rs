@@ -3,6 +3,9 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nbdbackup::repo::{LocalStorage, Repository, SessionOptions};
 
 use super::Fault;
 use super::report::Report;
@@ -68,6 +71,26 @@ impl Growth<'_> {
             self.add(format!("{mib} MiB of noise, full peak MiB"), cost.peak_mib);
         }
         std::fs::remove_file(&image)?;
+        for size in ["4G", "40G"] {
+            let server = Serving::quarter_full(self.scratch, size)?;
+            self.init()?;
+            for what in ["full", "full again"] {
+                let cost = self.ours(&["full", &server.uri()])?;
+                self.add(
+                    format!("{size}, a quarter of it data, {what} s"),
+                    cost.seconds,
+                );
+                let name = format!("{size}, a quarter of it data, {what} peak MiB");
+                self.add(name, cost.peak_mib);
+            }
+            let copy = self.scratch.join("growth.copy");
+            let cost = self.ours(&["restore", "latest", "--to", &text(&copy)])?;
+            self.add(
+                format!("{size}, a quarter of it data, restore peak MiB"),
+                cost.peak_mib,
+            );
+            std::fs::remove_file(&copy)?;
+        }
         Ok(())
     }
 
@@ -152,23 +175,36 @@ impl Growth<'_> {
         let uri = server.uri();
         let incremental = ["incremental", &uri, "--bitmap", "bm0"];
         self.ours(&["full", &uri, "--bitmap", "bm0"])?;
-        let mut snapshots = 1;
         for many in [1, 10, 100, 1000, 10_000] {
-            while snapshots < many {
-                self.ours(&incremental)?;
-                snapshots += 1;
+            self.fill_up(many)?;
+            for (what, words) in [
+                ("list", &["snapshots"][..]),
+                ("incremental", &incremental),
+                ("prune of nothing", &["prune"]),
+            ] {
+                let cost = self.ours(words)?;
+                self.add(format!("{many} snapshots, {what} s"), cost.seconds);
+                self.add(format!("{many} snapshots, {what} peak MiB"), cost.peak_mib);
             }
-            let cost = self.ours(&["snapshots"])?;
-            self.add(format!("{many} snapshots, list s"), cost.seconds);
-            let cost = self.ours(&incremental)?;
-            snapshots += 1;
-            self.add(format!("{many} snapshots, incremental s"), cost.seconds);
-            self.add(
-                format!("{many} snapshots, incremental peak MiB"),
-                cost.peak_mib,
-            );
         }
         std::fs::remove_file(&image)?;
+        Ok(())
+    }
+
+    /// Adds copies of the last snapshot, of other machines, until there are so many.
+    fn fill_up(&self, many: usize) -> Result<(), Fault> {
+        let repo = Repository::open(Arc::new(LocalStorage::open(&self.folder)?))?;
+        let snapshots = repo.snapshots()?.snapshots;
+        let last = snapshots.last().ok_or("there is no snapshot to copy")?;
+        let options = SessionOptions {
+            parents: vec![last.id],
+            ..SessionOptions::default()
+        };
+        for number in snapshots.len()..many {
+            let mut draft = last.draft.clone();
+            draft.name = format!("machine-{number}");
+            repo.begin(&options)?.commit(draft)?;
+        }
         Ok(())
     }
 

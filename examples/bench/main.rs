@@ -7,6 +7,7 @@
 mod disks;
 mod fio;
 mod growth;
+mod peers;
 mod push;
 mod report;
 mod rows;

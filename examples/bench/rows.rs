@@ -10,7 +10,7 @@ use super::fio::{Load, Rate, random_reads};
 use super::growth::growth;
 use super::push::push;
 use super::report::Report;
-use super::run::{Cost, MIB, forget_cached, is_installed, last_json, run, stored_mib};
+use super::run::{Cost, MIB, forget_cached, last_json, run, stored_mib};
 use super::serving::Serving;
 
 /// The rows, in the order in which they are run.
@@ -27,14 +27,15 @@ pub(crate) const ROWS: &[&str] = &[
     "growth",
     "qemu-img",
     "restic",
+    "rustic",
     "borg",
 ];
 
 /// The program under measurement, the disks, and a folder that is removed in the end.
 pub(crate) struct Bench {
     program: PathBuf,
-    disks: Disks,
-    scratch: PathBuf,
+    pub(crate) disks: Disks,
+    pub(crate) scratch: PathBuf,
 }
 
 impl Bench {
@@ -93,6 +94,9 @@ impl Bench {
         }
         if wants(&["restic"]) {
             self.restic(report)?;
+        }
+        if wants(&["rustic"]) {
+            self.rustic(report)?;
         }
         if wants(&["borg"]) {
             self.borg(report)?;
@@ -318,84 +322,8 @@ impl Bench {
         Ok(())
     }
 
-    fn qemu_img(&self, report: &mut Report) -> Result<(), Fault> {
-        let server = self.serve_image("gen1.qcow2", None)?;
-        let floor = self.floor(&server)?;
-        let target = self.scratch.join("converted.qcow2");
-        for (name, options) in [("plain", &[][..]), ("zstd", &["-c", "-o", ZSTD][..])] {
-            let args = ["convert", "-f", "raw", "-O", "qcow2"]
-                .iter()
-                .chain(options)
-                .map(|&word| word.to_owned())
-                .chain([server.uri(), target.display().to_string()]);
-            let (cost, _) = run(&self.scratch, "qemu-img", args)?;
-            let stored = target.metadata()?.len() as f64 / MIB;
-            add_peer(report, "qemu-img", name, cost, floor, stored);
-            std::fs::remove_file(&target)?;
-        }
-        Ok(())
-    }
-
-    fn restic(&self, report: &mut Report) -> Result<(), Fault> {
-        if !is_installed("restic") {
-            eprintln!("  restic is not installed: skipped");
-            return Ok(());
-        }
-        let repository = self.scratch.join("restic");
-        let common = ["-r", path(&repository)?, "-q", "--no-cache"].map(str::to_owned);
-        let restic = |words: &[&str]| {
-            let words = words.iter().map(|&word| word.to_owned());
-            // restic wants a password, whatever it is.
-            let env = ["RESTIC_PASSWORD=password", "restic"].map(str::to_owned);
-            let args = env.into_iter().chain(common.clone()).chain(words);
-            run(&self.scratch, "env", args).map(|(cost, _)| cost)
-        };
-        restic(&["init"])?;
-        let server = self.serve_image("gen1.qcow2", None)?;
-        self.against_floor(report, "restic", &repository, &server, |image| {
-            restic(&["backup", path(&self.disks.image(image))?])
-        })
-    }
-
-    fn borg(&self, report: &mut Report) -> Result<(), Fault> {
-        if !is_installed("borg") {
-            eprintln!("  borg is not installed: skipped");
-            return Ok(());
-        }
-        let repository = self.scratch.join("borg");
-        let borg = |words: &[&str]| run(&self.scratch, "borg", words).map(|(cost, _)| cost);
-        borg(&["init", "-e", "none", path(&repository)?])?;
-        let server = self.serve_image("gen1.qcow2", None)?;
-        self.against_floor(report, "borg", &repository, &server, |image| {
-            let archive = format!("{}::{image}", path(&repository)?);
-            let image = self.disks.image(image);
-            borg(&["create", "-C", "zstd,1", &archive, path(&image)?])
-        })
-    }
-
-    /// A peer that reads image files: both generations, the second deduplicated against the first.
-    fn against_floor(
-        &self,
-        report: &mut Report,
-        row: &'static str,
-        repository: &Path,
-        server: &Serving,
-        backup: impl Fn(&str) -> Result<Cost, Fault>,
-    ) -> Result<(), Fault> {
-        let floor = self.floor(server)?;
-        let mut before = stored_mib(repository)?;
-        for (name, image) in [("full", "gen1.raw"), ("second", "gen2.raw")] {
-            let cost = backup(image)?;
-            let stored = stored_mib(repository)?;
-            add_peer(report, row, name, cost, floor, stored - before);
-            before = stored;
-        }
-        std::fs::remove_dir_all(repository)?;
-        Ok(())
-    }
-
     /// Copies an export to a raw file, which moves all bytes and does nothing else.
-    fn floor(&self, server: &Serving) -> Result<Cost, Fault> {
+    pub(crate) fn floor(&self, server: &Serving) -> Result<Cost, Fault> {
         let target = self.scratch.join("floor.raw");
         let args = [server.uri(), target.display().to_string()];
         let (cost, _) = run(&self.scratch, "nbdcopy", args)?;
@@ -427,7 +355,7 @@ impl Bench {
         Ok([dirty as f64, rounded as f64])
     }
 
-    fn serve_image(&self, name: &str, bitmap: Option<&str>) -> Result<Serving, Fault> {
+    pub(crate) fn serve_image(&self, name: &str, bitmap: Option<&str>) -> Result<Serving, Fault> {
         Serving::qemu_nbd(&self.scratch, &self.disks.image(name), bitmap)
     }
 
@@ -484,28 +412,11 @@ fn in_turns<A, B>(
     }
 }
 
-fn add_peer(
-    report: &mut Report,
-    row: &'static str,
-    name: &str,
-    cost: Cost,
-    floor: Cost,
-    stored_mib: f64,
-) {
-    let ratio = cost.seconds / floor.seconds;
-    report.add(row, &format!("{name}, wall / floor"), ratio);
-    report.add(row, &format!("{name}, CPU s"), cost.cpu_seconds);
-    report.add(row, &format!("{name}, peak MiB"), cost.peak_mib);
-    report.add(row, &format!("{name}, stored MiB"), stored_mib);
-}
-
 fn number(disk: &Value, field: &str) -> Result<f64, Fault> {
     let value = disk[field].as_f64();
     Ok(value.ok_or(format!("no {field} in {disk}"))?)
 }
 
-fn path(path: &Path) -> Result<&str, Fault> {
+pub(crate) fn path(path: &Path) -> Result<&str, Fault> {
     Ok(path.to_str().ok_or("a path is not UTF-8")?)
 }
-
-const ZSTD: &str = "compression_type=zstd";

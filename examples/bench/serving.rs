@@ -55,16 +55,15 @@ impl Serving {
 
     /// Serves a raw image by `nbdkit`, which waits so long before each read.
     pub(crate) fn slow(scratch: &Path, image: &Path, millis: u32) -> Result<Self, Fault> {
-        let socket = scratch.join("slow.sock");
-        let uri = format!("nbd+unix:///vda?socket={}", socket.display());
-        let mut command = Command::new("nbdkit");
-        command
-            .args(["--foreground", "--readonly", "--unix"])
-            .arg(&socket)
-            .args(["--filter=delay", "file"])
-            .arg(image)
-            .arg(format!("rdelay={millis}ms"));
-        Self::start(command, socket, uri, scratch)
+        let file = format!("file={}", image.display());
+        let delay = format!("rdelay={millis}ms");
+        Self::nbdkit(scratch, &["--filter=delay", "file", &file, &delay])
+    }
+
+    /// Serves a disk of noise and holes by `nbdkit`, which computes both.
+    pub(crate) fn quarter_full(scratch: &Path, size: &str) -> Result<Self, Fault> {
+        let size = format!("size={size}");
+        Self::nbdkit(scratch, &["sparse-random", &size, "seed=1", "percent=25"])
     }
 
     /// Serves a repository's newest snapshot.
@@ -87,6 +86,17 @@ impl Serving {
     /// The address of its export.
     pub(crate) fn uri(&self) -> String {
         self.uri.clone()
+    }
+
+    fn nbdkit(scratch: &Path, words: &[&str]) -> Result<Self, Fault> {
+        let socket = scratch.join("nbdkit.sock");
+        let uri = format!("nbd+unix:///vda?socket={}", socket.display());
+        let mut command = Command::new("nbdkit");
+        command
+            .args(["--foreground", "--readonly", "--unix"])
+            .arg(&socket)
+            .args(words);
+        Self::start(command, socket, uri, scratch)
     }
 
     fn start(

@@ -11,8 +11,8 @@ use super::selector::select;
 use super::workers::blocking;
 use crate::range::{ByteRange, RangeSet};
 use crate::repo::{
-    ChunkSize, Compression, DiskRecord, InitOptions, LocalStorage, PasswordCost, Pin, RepoError,
-    Repository, Secret, Snapshot, SnapshotList, changed,
+    ChunkSize, Compression, DiskRecord, InitOptions, LocalStorage, Parity, PasswordCost, Pin,
+    RepoError, Repository, Secret, Snapshot, SnapshotList, changed,
 };
 
 /// An open repository.
@@ -31,6 +31,8 @@ pub struct InitRequest {
     pub compression: Option<Compression>,
     /// What opens it, and what a guess at that costs; `None` stores all in the clear.
     pub secret: Option<(Secret, PasswordCost)>,
+    /// How much of each pack can be computed again when it is damaged.
+    pub parity: Parity,
 }
 
 /// Which snapshots a listing shows; what is `None` does not filter.
@@ -67,6 +69,7 @@ impl Catalog {
             chunk_bytes,
             compression,
             secret,
+            parity,
         } = request;
         let chunk_size = u32::try_from(chunk_bytes)
             .ok()
@@ -77,6 +80,7 @@ impl Catalog {
         let options = InitOptions {
             chunk_size,
             compression: compression.unwrap_or_default(),
+            parity,
         };
         let text = shown(&path);
         let failed = repository(&text);
@@ -98,6 +102,7 @@ impl Catalog {
             chunk_bytes,
             compression: options.compression.to_string(),
             encryption: made.encryption().as_str(),
+            parity: made.parity().shards(),
         })
         .map_err(failed)
     }

@@ -34,15 +34,17 @@ pub struct CheckOutcome {
     pub duration: Duration,
 }
 
-/// What was fetched from a copy of the repository.
+/// What was mended, from parity and from a copy of the repository.
 #[derive(Clone, Debug)]
 pub struct RepairOutcome {
     /// Where the repository lies.
     pub repository: String,
-    /// Where the copy lies.
-    pub from: String,
-    /// What was fetched.
+    /// Where the copy lies, if there is one.
+    pub from: Option<String>,
+    /// What was mended and fetched.
     pub repaired: Repaired,
+    /// The files of parity that were written anew.
+    pub parity_made: Vec<String>,
     /// What a check found afterwards.
     pub checked: Checked,
 }
@@ -67,33 +69,45 @@ impl Catalog {
         })
     }
 
-    /// Fetches damaged packs and snapshots from a copy of the repository's files, each proved first.
+    /// Mends damaged packs from parity or a copy of the repository's files, and fetches damaged snapshots from that copy,
+    /// each proved first; then makes parity anew where it is damaged or missing.
+    ///
+    /// With `read_data` all records are read first, to find those that are damaged.
     ///
     /// # Errors
     /// When one of the two places refuses.
-    pub async fn repair_from(
+    pub async fn repair(
         &self,
-        from: PathBuf,
+        from: Option<PathBuf>,
+        read_data: bool,
         observer: Arc<dyn Observer>,
     ) -> Result<RepairOutcome, EngineError> {
-        let shown = from.display().to_string();
-        let storage = blocking(move || LocalStorage::open(&from).map_err(RepoError::from))
-            .await?
-            .map_err(repository(&shown))?;
-        let storage = Arc::new(storage);
-        // What is missing must be known before it can be fetched: snapshots first, then maps level by level, then chunks.
-        let mend = CheckRequest {
-            read_data_percent: None,
+        let shown = from.as_ref().map(|from| from.display().to_string());
+        let copy = match from {
+            None => None,
+            Some(from) => {
+                let failed = repository(&from.display().to_string());
+                let open = move || LocalStorage::open(&from).map_err(RepoError::from);
+                Some(Arc::new(blocking(open).await?.map_err(failed)?))
+            }
+        };
+        let mut mend = CheckRequest {
+            read_data_percent: read_data.then_some(100.0),
             repair: true,
         };
         let mut repaired = Repaired::default();
+        // What is missing must be known before it can be fetched: snapshots first, then maps level by level, then chunks.
         for _ in 0..TURNS {
             self.look(mend, Arc::clone(&observer)).await?;
-            let (ours, from) = (Arc::clone(self.repository()), Arc::clone(&storage));
-            let turn = blocking(move || ours.repair_from(&*from))
-                .await?
-                .map_err(self.failed())?;
-            let last = turn.fetched.is_empty();
+            mend.read_data_percent = None;
+            let (ours, copy) = (Arc::clone(self.repository()), copy.clone());
+            let turn = blocking(move || {
+                let copy = copy.as_deref().map(|copy| copy as &dyn Storage);
+                ours.repair(copy)
+            });
+            let turn = turn.await?.map_err(self.failed())?;
+            let last = turn.fetched.is_empty() && turn.mended.is_empty();
+            repaired.mended.extend(turn.mended);
             repaired.fetched.extend(turn.fetched);
             repaired.fetched_bytes += turn.fetched_bytes;
             repaired.whole.extend(turn.whole);
@@ -102,11 +116,15 @@ impl Catalog {
                 break;
             }
         }
+        let ours = Arc::clone(self.repository());
+        let parity_made = blocking(move || ours.mend_parity(read_data)).await?;
+        let parity_made = parity_made.map_err(self.failed())?;
         let checked = self.look(CheckRequest::default(), observer).await?;
         Ok(RepairOutcome {
             repository: self.path().to_owned(),
             from: shown,
             repaired,
+            parity_made,
             checked,
         })
     }

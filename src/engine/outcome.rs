@@ -117,6 +117,8 @@ pub struct InitOutcome {
     pub compression: String,
     /// Its encryption.
     pub encryption: &'static str,
+    /// How many lost parts of each pack its parity makes up for.
+    pub parity: u8,
 }
 
 /// The difference of one disk between two snapshots.

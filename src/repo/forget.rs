@@ -37,6 +37,7 @@ impl Repository {
     ///
     /// The mark keeps what the snapshot said of its disks, since a later backup must know which one came last.
     pub fn forget(&self, ids: &[SnapshotId], now_unix_nanos: i64) -> Result<(), RepoError> {
+        self.check_writable()?;
         for id in ids {
             let snapshot = self.snapshot(id)?;
             match self.mark(snapshot.clone(), now_unix_nanos) {
@@ -56,6 +57,7 @@ impl Repository {
 
     /// Takes back that a snapshot was forgotten; fails once a prune has begun to remove it.
     pub fn unforget(&self, id: &SnapshotId) -> Result<Snapshot, RepoError> {
+        self.check_writable()?;
         let snapshot = self.snapshot(id)?;
         let file = mark_file(id);
         let mark = match self.storage().read(&file, MAX_SMALL_FILE) {

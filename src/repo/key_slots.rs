@@ -164,6 +164,7 @@ impl Repository {
         cost: PasswordCost,
         label: Option<&str>,
     ) -> Result<u32, RepoError> {
+        self.check_writable()?;
         if self.encryption() == Encryption::None {
             return Err(RepoError::NotEncrypted);
         }
@@ -195,6 +196,7 @@ impl Repository {
     ///
     /// A mark comes first: of several processes that remove each other's slots, one at least sees the other's mark.
     pub fn remove_key(&self, number: u32) -> Result<(), RepoError> {
+        self.check_writable()?;
         let storage = &**self.storage();
         if !load(storage)?.numbers.contains(&number) {
             return Err(RepoError::NoSuchKey { number });
@@ -230,6 +232,7 @@ impl Repository {
         cost: PasswordCost,
         label: Option<&str>,
     ) -> Result<(u32, u32), RepoError> {
+        self.check_writable()?;
         let old = self.slot().ok_or(RepoError::NotEncrypted)?;
         let new = self.add_key(secret, cost, label)?;
         self.remove_key(old)?;

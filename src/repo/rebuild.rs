@@ -23,6 +23,7 @@ impl Repository {
     ///
     /// Packs of running or killed sessions come in too: their chunks are as good as any.
     pub fn rebuild_index(&self) -> Result<Rebuilt, RepoError> {
+        self.check_writable()?;
         self.index().refresh()?;
         let known = self.index().packs();
         let mut rebuilt = Rebuilt::default();

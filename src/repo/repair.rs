@@ -1,4 +1,4 @@
-//! Mending: the index made anew from packs alone, and damaged packs and snapshots fetched from a copy.
+//! Mending: the index made anew from packs alone, damaged packs from parity or a copy, damaged snapshots from a copy.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,23 +9,27 @@ use super::format::FileKind;
 use super::format::envelope::MAX_SMALL_FILE;
 use super::format::generation::PackName;
 use super::format::pack::PackKind;
+use super::format::parity::file_name as parity_file;
 use super::format::segment::{self, SegmentEntry};
 use super::index::Index;
 use super::pack::{Footer, read_footer};
+use super::parity::{self, Parity, Shards, passing};
 use super::rebuild::{SEGMENT_ENTRIES, add_all};
-use super::repository::{Repository, create};
+use super::repository::Repository;
 use super::snapshot::Snapshot;
-use super::storage::{LocalStorage, Storage, StorageError};
+use super::storage::{LocalStorage, MemoryStorage, Storage, StorageError};
 use super::verify::{RecordBuffers, read_verified_in};
 
-/// What was fetched from a copy.
+/// What was mended, and what could not be.
 #[derive(Clone, Debug, Default)]
 pub struct Repaired {
+    /// The packs that were computed from their parity and are whole now.
+    pub mended: Vec<String>,
     /// The files that were fetched and are whole now.
     pub fetched: Vec<String>,
     /// Their bytes.
     pub fetched_bytes: u64,
-    /// The files that the copy cannot give, with the reasons.
+    /// The files that neither parity nor the copy can give, with the reasons.
     pub failed: Vec<(String, RepoError)>,
     /// The files that turned out to be whole.
     pub whole: Vec<String>,
@@ -83,34 +87,26 @@ impl Repository {
         Ok(Replaced { replaced })
     }
 
-    /// Fetches packs that are marked as damaged, and snapshots that cannot be read, from a copy of this repository's
-    /// files; each is proved before it takes its place.
-    pub fn repair_from(&self, copy: &dyn Storage) -> Result<Repaired, RepoError> {
+    /// Mends packs that are marked as damaged, from their parity or from a copy of this repository's files, and fetches
+    /// snapshots that cannot be read from that copy; each is proved before it takes its place.
+    pub fn repair(&self, copy: Option<&dyn Storage>) -> Result<Repaired, RepoError> {
+        self.check_writable()?;
         let mut done = Repaired::default();
-        let list = self.snapshots()?;
-        let mut unreadable: Vec<String> = list.unreadable.into_iter().map(|(f, _)| f).collect();
-        for gone in &list.forgotten {
-            if let Err(RepoError::Corrupt { file, .. }) = self.snapshot(&gone.snapshot.id) {
-                unreadable.push(file);
-            }
-        }
-        for file in unreadable.iter().filter(|file| file.starts_with("snap/")) {
-            self.fetch_snapshot(copy, file, &mut done)?;
+        if let Some(copy) = copy {
+            self.fetch_snapshots(copy, &mut done)?;
         }
         let bad = BadRecords::load(self)?;
         let packs: BTreeSet<PackName> = bad.files().iter().map(|(_, mark)| mark.pack).collect();
         for name in packs {
             let file = name.0.file_name(&name.1);
-            if self.prove(&**self.storage(), &name).is_ok() {
+            if passing(self.prove(&**self.storage(), &name))?.is_ok() {
                 done.whole.push(file);
             } else {
-                match self.fetch_pack(copy, &name) {
-                    Ok(bytes) => {
+                match self.mend_pack(copy, &name)? {
+                    Ok(Mended::Computed) => done.mended.push(file),
+                    Ok(Mended::Fetched(bytes)) => {
                         done.fetched_bytes += bytes;
                         done.fetched.push(file);
-                    }
-                    Err(error @ (RepoError::NoRoom { .. } | RepoError::Io { .. })) => {
-                        return Err(error);
                     }
                     Err(error) => {
                         done.failed.push((file, error));
@@ -128,6 +124,80 @@ impl Repository {
         self.storage().barrier()?;
         self.rebuild_index()?;
         Ok(done)
+    }
+
+    /// Writes the parity of packs anew that have none or a damaged one, where packs are to have it, and only of packs
+    /// that are proved whole; returns the files.
+    ///
+    /// With `compare_packs` all of each pack is compared with the sums that its parity holds, and not the parity only.
+    pub fn mend_parity(&self, compare_packs: bool) -> Result<Vec<String>, RepoError> {
+        self.check_writable()?;
+        let mut made = Vec::new();
+        if self.parity() == Parity::NONE {
+            return Ok(made);
+        }
+        let storage = &**self.storage();
+        for kind in [PackKind::Data, PackKind::Meta] {
+            for file in storage.list(kind.folder())? {
+                let Some(pack) = kind.parse_file_name(&file.name) else {
+                    continue;
+                };
+                let name = (kind, pack);
+                let whole = parity::read_header(storage, self.uuid(), &name)
+                    .and_then(|header| Shards::read(storage, header, !compare_packs));
+                let is_there = match passing(whole)? {
+                    Ok(shards) if shards.lost() == 0 => continue,
+                    Err(RepoError::Missing { .. }) => false,
+                    Ok(_) | Err(_) => true,
+                };
+                // A damaged pack is reported by whoever looks for those; its parity stays as it is.
+                let Ok(footer) = passing(self.prove(storage, &name))? else {
+                    continue;
+                };
+                let parity = self.parity();
+                parity::write(storage, self.uuid(), &name, footer.len, parity, is_there)?;
+                made.push(parity_file(&pack));
+            }
+        }
+        storage.barrier()?;
+        Ok(made)
+    }
+
+    /// Puts a pack that proved to be whole in the place of a damaged one: computed from its parity, else from the copy.
+    fn mend_pack(
+        &self,
+        copy: Option<&dyn Storage>,
+        name: &PackName,
+    ) -> Result<Result<Mended, RepoError>, RepoError> {
+        let no_parity = match passing(parity::rebuild(&**self.storage(), self.uuid(), name))? {
+            Ok(bytes) => match self.replace_pack(name, bytes)? {
+                Ok(_) => return Ok(Ok(Mended::Computed)),
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        let Some(copy) = copy else {
+            return Ok(Err(no_parity));
+        };
+        match passing(read_pack(copy, self, name))? {
+            Ok(bytes) => Ok(self.replace_pack(name, bytes)?.map(Mended::Fetched)),
+            Err(error) => Ok(Err(error)),
+        }
+    }
+
+    /// Fetches the snapshots that cannot be read.
+    fn fetch_snapshots(&self, copy: &dyn Storage, done: &mut Repaired) -> Result<(), RepoError> {
+        let list = self.snapshots()?;
+        let mut unreadable: Vec<String> = list.unreadable.into_iter().map(|(f, _)| f).collect();
+        for gone in &list.forgotten {
+            if let Err(RepoError::Corrupt { file, .. }) = self.snapshot(&gone.snapshot.id) {
+                unreadable.push(file);
+            }
+        }
+        for file in unreadable.iter().filter(|file| file.starts_with("snap/")) {
+            self.fetch_snapshot(copy, file, done)?;
+        }
+        Ok(())
     }
 
     fn fetch_snapshot(
@@ -155,38 +225,40 @@ impl Repository {
                 return Ok(());
             }
         };
-        match self.storage().remove(file) {
-            Ok(()) | Err(StorageError::Missing { .. }) => {}
-            Err(other) => return Err(other.into()),
-        }
-        create(&**self.storage(), file, &bytes)?;
+        let mut new = self.storage().create()?;
+        new.write(&bytes)?;
+        new.replace(file)?;
         done.fetched_bytes += bytes.len() as u64;
         done.fetched.push(file.to_owned());
         Ok(())
     }
 
-    /// Proves all of a copy's pack, then puts it in the place of what is here.
-    fn fetch_pack(&self, copy: &dyn Storage, name: &PackName) -> Result<u64, RepoError> {
-        let footer = self.prove(copy, name)?;
+    /// Proves the bytes of a pack, then puts them in the place of what is here; returns their number, or what is wrong
+    /// with them. Fails when they cannot be written or made durable.
+    fn replace_pack(
+        &self,
+        name: &PackName,
+        bytes: Vec<u8>,
+    ) -> Result<Result<u64, RepoError>, RepoError> {
         let file = name.0.file_name(&name.1);
+        let proved = MemoryStorage::holding(&file, bytes);
+        let footer = match self.prove(&proved, name) {
+            Ok(footer) => footer,
+            Err(error) => return Ok(Err(error)),
+        };
         let mut new = self.storage().create()?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0;
         while at < footer.len {
             let piece = PIECE.min(usize::try_from(footer.len - at).unwrap_or(PIECE));
-            copy.read_at(&file, at, &mut buffer[..piece])?;
+            proved.read_at(&file, at, &mut buffer[..piece])?;
             new.write(&buffer[..piece])?;
             at += piece as u64;
         }
-        match self.storage().remove(&file) {
-            Ok(()) | Err(StorageError::Missing { .. }) => {}
-            Err(other) => return Err(other.into()),
-        }
-        new.publish(&file)?;
+        new.replace(&file)?;
         self.storage().barrier()?;
-        // Read back: the copy may have changed between being proved and being read.
-        self.prove(&**self.storage(), name)?;
-        Ok(footer.len)
+        // Read back: what the medium gives from now on is what counts.
+        Ok(passing(self.prove(&**self.storage(), name))?.map(|_| footer.len))
     }
 
     fn prove(&self, storage: &dyn Storage, name: &PackName) -> Result<Footer, RepoError> {
@@ -198,5 +270,23 @@ impl Repository {
         Ok(footer)
     }
 }
+
+/// How a pack was mended.
+enum Mended {
+    /// It was computed from its parity.
+    Computed,
+    /// So many bytes were fetched from a copy.
+    Fetched(u64),
+}
+
+/// Reads a pack of a copy, which is proved later.
+fn read_pack(copy: &dyn Storage, repo: &Repository, name: &PackName) -> Result<Vec<u8>, RepoError> {
+    // Its footer bounds its length.
+    read_footer(copy, repo.uuid(), name.0, name.1)?;
+    Ok(copy.read(&name.0.file_name(&name.1), MAX_PACK)?)
+}
+
+/// The longest pack: one is closed at 1 GiB, and a record and a footer add a few MiB.
+const MAX_PACK: u64 = (1 << 30) + (32 << 20);
 
 const PIECE: usize = 1 << 20;

@@ -18,6 +18,7 @@ use super::index::Index;
 use super::key_slots::{Unlocked, damaged_slots, first_slot, is_first_slot, unlock};
 use super::keys::Keys;
 use super::map::{MapReader, Nodes};
+use super::parity::Parity;
 use super::secret::{PasswordCost, Secret};
 use super::session::{Session, SessionOptions};
 use super::snapshot::{MapRoot, Snapshot};
@@ -43,6 +44,8 @@ pub struct InitOptions {
     pub chunk_size: ChunkSize,
     /// How chunks are compressed unless a session says otherwise.
     pub compression: Compression,
+    /// How much of each pack can be computed again when it is damaged.
+    pub parity: Parity,
 }
 
 /// The snapshots of a repository.
@@ -87,7 +90,12 @@ impl Repository {
             Some(_) => Encryption::Aes256Gcm,
         };
         let keys = Keys::derive(&unlocked.master.0, encryption);
-        let config = Config::new(options.chunk_size, options.compression, encryption)?;
+        let config = Config::new(
+            options.chunk_size,
+            options.compression,
+            encryption,
+            options.parity.shards(),
+        )?;
         let file = config.encode(keys.mac())?;
         storage.barrier()?;
         create(&*storage, CONFIG_FILES[1], &file)?;
@@ -168,6 +176,11 @@ impl Repository {
         self.config.compression
     }
 
+    /// How many lost parts of each new pack its parity makes up for.
+    pub fn parity(&self) -> Parity {
+        Parity::new(self.config.parity).unwrap_or(Parity::NONE)
+    }
+
     /// Whether and how it is encrypted.
     pub fn encryption(&self) -> Encryption {
         self.config.encryption
@@ -222,6 +235,8 @@ impl Repository {
                 Ok(snapshot) => list.snapshots.push(snapshot),
                 // Removed since it was listed, or the fence of a session that never committed.
                 Err(RepoError::NoSuchSnapshot { .. }) => {}
+                // It says nothing about the file.
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => list.unreadable.push((file.name, error)),
             }
         }
@@ -274,12 +289,7 @@ impl Repository {
 
     /// Begins a session, which stores chunks and maps and ends by committing one snapshot.
     pub fn begin(self: &Arc<Self>, options: &SessionOptions) -> Result<Session, RepoError> {
-        if !self.config.features.writable() {
-            return Err(RepoError::Unsupported {
-                file: CONFIG_FILES[0].to_owned(),
-                what: format!("features {:#x} for writing", self.config.features.ro_compat),
-            });
-        }
+        self.check_writable()?;
         let swept = self.storage.sweep()?;
         if swept > 0 {
             tracing::info!(files = swept, "removed what a killed session was writing");
@@ -289,7 +299,19 @@ impl Repository {
 
     /// Merges index segments, as long as no merge has more than `most_entries`, and returns how many merges there were.
     pub fn merge_index(&self, most_entries: u64) -> Result<u64, RepoError> {
+        self.check_writable()?;
         self.index.merge(most_entries)
+    }
+
+    /// Fails when a newer program uses this repository in a way that this one, which does not know it, could break.
+    pub(super) fn check_writable(&self) -> Result<(), RepoError> {
+        match self.config.features.writable() {
+            true => Ok(()),
+            false => Err(RepoError::Unsupported {
+                file: CONFIG_FILES[0].to_owned(),
+                what: format!("features {:#x} for writing", self.config.features.ro_compat),
+            }),
+        }
     }
 
     /// The number of index segments that a look-up may have to ask.

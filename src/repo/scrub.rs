@@ -1,14 +1,16 @@
 //! Checking a repository without any key: what is stored against the checksums beside it.
 
-use super::check::{Checked, hash_of};
+use std::collections::BTreeMap;
+
+use super::check::{Checked, check_files, compare, hash_of, list_parity, tell_what_mends};
 use super::error::RepoError;
 use super::format::FileKind;
 use super::format::config::Config;
 use super::format::envelope::{self, MAX_SMALL_FILE};
 use super::format::pack::PackKind;
 use super::format::{segment, short_sum};
-use super::ids::RepoUuid;
 use super::pack::read_footer;
+use super::parity::Parity;
 use super::repository::CONFIG_FILES;
 use super::storage::Storage;
 
@@ -17,7 +19,7 @@ use super::storage::Storage;
 /// Who can write to the storage can make checksums fit: only a check with the key proves more than that nothing broke.
 pub fn scrub(storage: &dyn Storage, progress: &dyn Fn(u64, u64)) -> Result<Checked, RepoError> {
     let mut found = Checked::default();
-    let uuid = config(storage, &mut found)?;
+    let config = config(storage, &mut found)?;
     for file in storage.list("")? {
         let name = &file.name;
         let kinds: &[FileKind] = match name.split_once('/') {
@@ -55,12 +57,13 @@ pub fn scrub(storage: &dyn Storage, progress: &dyn Fn(u64, u64)) -> Result<Check
         }
         found.snapshots += u64::from(whole && name.starts_with("snap/"));
     }
-    packs(storage, uuid, &mut found, progress)?;
+    packs(storage, &config, &mut found, progress)?;
+    tell_what_mends(storage, config.uuid, &mut found)?;
     Ok(found)
 }
 
-fn config(storage: &dyn Storage, found: &mut Checked) -> Result<RepoUuid, RepoError> {
-    let mut uuid = None;
+fn config(storage: &dyn Storage, found: &mut Checked) -> Result<Config, RepoError> {
+    let mut good = None;
     let mut first = None;
     for file in CONFIG_FILES {
         let read = storage
@@ -68,15 +71,15 @@ fn config(storage: &dyn Storage, found: &mut Checked) -> Result<RepoUuid, RepoEr
             .map_err(RepoError::from)
             .and_then(|bytes| Config::decode_keyless(&bytes).map_err(|e| e.in_file(file)));
         match read {
-            Ok(config) => uuid = uuid.or(Some(config.uuid)),
+            Ok(config) => good = good.or(Some(config)),
             Err(error) => {
                 found.fault(file, &error);
                 first = first.or(Some(error));
             }
         }
     }
-    match (uuid, first) {
-        (Some(uuid), _) => Ok(uuid),
+    match (good, first) {
+        (Some(config), _) => Ok(config),
         (None, Some(error)) => Err(error),
         (None, None) => Err(RepoError::NotARepository {
             place: storage.place(),
@@ -86,22 +89,25 @@ fn config(storage: &dyn Storage, found: &mut Checked) -> Result<RepoUuid, RepoEr
 
 fn packs(
     storage: &dyn Storage,
-    uuid: RepoUuid,
+    config: &Config,
     found: &mut Checked,
     progress: &dyn Fn(u64, u64),
 ) -> Result<(), RepoError> {
+    let parity = list_parity(storage)?;
     let mut packs = Vec::new();
+    let mut listed = BTreeMap::new();
     for kind in [PackKind::Data, PackKind::Meta] {
         for file in storage.list(kind.folder())? {
             if let Some(pack) = kind.parse_file_name(&file.name) {
                 found.pack_bytes += file.len;
+                listed.insert((kind, pack), file.len);
                 packs.push((kind, pack, file));
             }
         }
     }
     let mut buffer = Vec::new();
     for (kind, pack, file) in packs {
-        let footer = match read_footer(storage, uuid, kind, pack) {
+        let footer = match read_footer(storage, config.uuid, kind, pack) {
             Ok(footer) => footer,
             // Removed since it was listed.
             Err(RepoError::Missing { .. }) => continue,
@@ -111,6 +117,7 @@ fn packs(
             }
         };
         found.packs += 1;
+        let damaged = found.files_total;
         for entry in &footer.entries {
             buffer.resize(entry.len as usize, 0);
             match storage.read_at(&file.name, entry.offset.into(), &mut buffer) {
@@ -123,9 +130,15 @@ fn packs(
                 Err(error) => found.fault(&file.name, &error.into()),
             }
         }
+        if found.files_total == damaged
+            && let Some(problem) = compare(storage, config.uuid, &(kind, pack))?
+        {
+            found.parity(&pack, problem);
+        }
         found.read_packs += 1;
         found.read_bytes += file.len;
         progress(found.read_bytes, found.pack_bytes);
     }
-    Ok(())
+    let makes = Parity::new(config.parity).unwrap_or(Parity::NONE);
+    check_files(storage, config.uuid, makes, &parity, &listed, found)
 }

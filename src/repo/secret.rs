@@ -132,7 +132,7 @@ impl PasswordCost {
     ///
     /// The limits, 1 MiB to 1 GiB and 16 passes, keep a hostile slot from taking all memory, or for ever.
     pub fn new(memory_kib: u32, passes: u32) -> Option<Self> {
-        Self::with_lanes(memory_kib, passes, 1)
+        Self::with_lanes(memory_kib, passes, LANES)
     }
 
     pub(crate) fn with_lanes(memory_kib: u32, passes: u32, lanes: u32) -> Option<Self> {
@@ -163,15 +163,18 @@ impl PasswordCost {
 }
 
 impl Default for PasswordCost {
-    /// 256 MiB and three passes: most of a second.
+    /// 256 MiB and three passes: most of a processor's second.
     fn default() -> Self {
         Self {
             memory_kib: 256 << 10,
             passes: 3,
-            lanes: 1,
+            lanes: LANES,
         }
     }
 }
+
+/// What several processors can work on at once, as RFC 9106 recommends.
+const LANES: u32 = 4;
 
 const LEAST_KEY_FILE: usize = 32;
 

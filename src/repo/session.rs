@@ -152,13 +152,7 @@ impl Session {
         };
         repo.index().refresh()?;
         let bad = BadRecords::load(repo)?;
-        let packs = Packs::new(
-            Arc::clone(repo.storage()),
-            repo.uuid(),
-            Arc::clone(repo.keys()),
-            id,
-            options.pack_bytes,
-        )?;
+        let packs = Packs::new(repo, id, options.pack_bytes)?;
         Ok((packs, roots, bad, interrupted))
     }
 

@@ -44,6 +44,9 @@ struct CheckedResult {
     damaged_ranges: Vec<DamagedRangeResult>,
     damaged_ranges_total: u64,
     damaged_bytes: u64,
+    parity_packs: u64,
+    damaged_parity: Vec<DamagedParityResult>,
+    damaged_parity_total: u64,
     marked_records: u64,
     index_rebuilt: bool,
     strange_files: Vec<String>,
@@ -64,6 +67,9 @@ impl From<&Checked> for CheckedResult {
             damaged_ranges: c.ranges.iter().take(LISTED).map(Into::into).collect(),
             damaged_ranges_total: c.ranges_total,
             damaged_bytes: c.lost_bytes,
+            parity_packs: c.parity_files,
+            damaged_parity: c.parity.iter().take(LISTED).map(Into::into).collect(),
+            damaged_parity_total: c.parity_total,
             marked_records: c.marked,
             index_rebuilt: c.index_rebuilt,
             strange_files: c.strangers.clone(),
@@ -76,6 +82,7 @@ struct DamagedFileResult {
     file: String,
     problem: String,
     repaired: bool,
+    parity_mends: Option<bool>,
 }
 
 impl From<&DamagedFile> for DamagedFileResult {
@@ -84,6 +91,22 @@ impl From<&DamagedFile> for DamagedFileResult {
             file: f.file.clone(),
             problem: f.problem.clone(),
             repaired: f.repaired,
+            parity_mends: f.parity,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct DamagedParityResult {
+    file: String,
+    problem: String,
+}
+
+impl From<&DamagedFile> for DamagedParityResult {
+    fn from(f: &DamagedFile) -> Self {
+        Self {
+            file: f.file.clone(),
+            problem: f.problem.clone(),
         }
     }
 }
@@ -114,11 +137,13 @@ impl From<&DamagedRange> for DamagedRangeResult {
 #[derive(Serialize)]
 pub(super) struct RepairResult {
     repository: String,
-    from: String,
+    from: Option<String>,
+    mended: Vec<String>,
     fetched: Vec<String>,
     fetched_bytes: u64,
     whole: Vec<String>,
     failed: Vec<FailedResult>,
+    parity_made: Vec<String>,
     check: CheckedResult,
 }
 
@@ -134,6 +159,7 @@ impl From<&RepairOutcome> for RepairResult {
         Self {
             repository: o.repository.clone(),
             from: o.from.clone(),
+            mended: o.repaired.mended.clone(),
             fetched: o.repaired.fetched.clone(),
             fetched_bytes: o.repaired.fetched_bytes,
             whole: o.repaired.whole.clone(),
@@ -143,6 +169,7 @@ impl From<&RepairOutcome> for RepairResult {
                     problem: error.to_string(),
                 })
                 .collect(),
+            parity_made: o.parity_made.clone(),
             check: (&o.checked).into(),
         }
     }
@@ -231,21 +258,22 @@ pub(super) fn check(out: &mut String, o: &CheckOutcome) -> std::fmt::Result {
 }
 
 pub(super) fn repair(out: &mut String, o: &RepairOutcome) -> std::fmt::Result {
+    for file in &o.repaired.mended {
+        writeln!(out, "mended {file} from its parity")?;
+    }
     for file in &o.repaired.fetched {
         writeln!(out, "fetched {file}")?;
     }
     for (file, error) in &o.repaired.failed {
-        writeln!(
-            out,
-            "not fetched: {file}: {}",
-            printable(&error.to_string())
-        )?;
+        writeln!(out, "not mended: {file}: {}", printable(&error.to_string()))?;
     }
     writeln!(
         out,
-        "fetched {} files, {}",
+        "mended {} packs from parity, fetched {} files of {}, made parity of {} packs",
+        o.repaired.mended.len(),
         o.repaired.fetched.len(),
-        HumanBytes(o.repaired.fetched_bytes)
+        HumanBytes(o.repaired.fetched_bytes),
+        o.parity_made.len()
     )?;
     damage(out, &o.checked)
 }
@@ -281,7 +309,12 @@ pub(super) fn copy(out: &mut String, o: &CopyOutcome) -> std::fmt::Result {
 fn damage(out: &mut String, c: &Checked) -> std::fmt::Result {
     for f in c.files.iter().take(LISTED) {
         let word = if f.repaired { "repaired" } else { "damaged" };
-        writeln!(out, "{word}: {}: {}", f.file, printable(&f.problem))?;
+        let parity = match f.parity {
+            Some(true) if !f.repaired => "; its parity can mend it",
+            Some(false) if !f.repaired => "; its parity cannot mend it",
+            _ => "",
+        };
+        writeln!(out, "{word}: {}: {}{parity}", f.file, printable(&f.problem))?;
     }
     for r in c.ranges.iter().take(LISTED) {
         writeln!(
@@ -295,6 +328,9 @@ fn damage(out: &mut String, c: &Checked) -> std::fmt::Result {
             r.at
         )?;
     }
+    for f in c.parity.iter().take(LISTED) {
+        writeln!(out, "parity: {}: {}", f.file, printable(&f.problem))?;
+    }
     for file in &c.strangers {
         writeln!(out, "no part of a repository: {}", printable(file))?;
     }
@@ -307,6 +343,19 @@ fn damage(out: &mut String, c: &Checked) -> std::fmt::Result {
             "{} damaged records are marked: the next backup reads and stores them again",
             c.marked
         )?;
+    }
+    if c.parity_total > 0 {
+        writeln!(
+            out,
+            "the parity of {} packs is damaged, missing or of no use: run nbdbackup repair, or prune",
+            c.parity_total
+        )?;
+    }
+    if c.files
+        .iter()
+        .any(|f| f.parity == Some(true) && !f.repaired)
+    {
+        writeln!(out, "run nbdbackup repair to mend what parity can mend")?;
     }
     match c.is_whole() {
         true => writeln!(out, "the repository is whole"),

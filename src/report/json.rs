@@ -205,6 +205,7 @@ struct InitResult {
     chunk_bytes: u64,
     compression: String,
     encryption: &'static str,
+    parity_shards: u8,
 }
 
 impl From<&InitOutcome> for InitResult {
@@ -215,6 +216,7 @@ impl From<&InitOutcome> for InitResult {
             chunk_bytes: o.chunk_bytes,
             compression: o.compression.clone(),
             encryption: o.encryption,
+            parity_shards: o.parity,
         }
     }
 }
@@ -643,6 +645,7 @@ struct PrunedResult {
     snapshots_removed: u64,
     packs_removed: u64,
     removed_bytes: u64,
+    removed_parity_bytes: u64,
     packs_repacked: u64,
     written_bytes: u64,
     packs_waiting: u64,
@@ -660,6 +663,7 @@ impl From<&Pruned> for PrunedResult {
             snapshots_removed: p.snapshots_removed,
             packs_removed: p.packs_removed,
             removed_bytes: p.removed_bytes,
+            removed_parity_bytes: p.removed_parity_bytes,
             packs_repacked: p.packs_repacked,
             written_bytes: p.written_bytes,
             packs_waiting: p.packs_waiting,

@@ -18,12 +18,16 @@ pub(super) fn outcome(out: &mut String, outcome: &Outcome) {
     let _ = match outcome {
         Outcome::Init(o) => writeln!(
             out,
-            "created repository {} at {}: chunks of {}, compression {}, encryption {}",
+            "created repository {} at {}: chunks of {}, compression {}, encryption {}, parity {}",
             o.uuid,
             o.repository,
             HumanBytes(o.chunk_bytes),
             o.compression,
-            o.encryption
+            o.encryption,
+            match o.parity {
+                0 => "none".to_owned(),
+                parts => format!("for {parts} of 64 parts"),
+            }
         ),
         Outcome::Backup(o) => backup(out, o),
         Outcome::Restore(o) if o.target == "-" => Ok(()),

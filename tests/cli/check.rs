@@ -132,3 +132,106 @@ fn lost_pack_is_fetched_from_a_mirror() {
     lab.assert_restores(&id, &image);
     lab.run(&["check", "--read-data"]).result();
 }
+
+#[test]
+fn pack_that_is_damaged_on_disk_is_repaired_from_its_parity() {
+    let lab = Lab::new();
+    let image = lab.raw("vda.raw", 4 * MIB, 1);
+    let id = text(&lab.backup("full", &image, &[]), "snapshot");
+    let pack = packs(&lab).remove(0);
+    let good = std::fs::read(&pack).unwrap();
+    // Four of 64 parts: as a disk loses sectors.
+    let mut bytes = good.clone();
+    let part_len = good.len().div_ceil(64).next_multiple_of(64);
+    for part in [3, 17, 40, 62] {
+        let at = part_len * part + 100;
+        bytes[at..at + 600].fill(0);
+    }
+    std::fs::remove_file(&pack).unwrap();
+    std::fs::write(&pack, &bytes).unwrap();
+    let found = damaged(&lab.run(&["check", "--read-data"]));
+    let file = &found["damaged_files"][0];
+    assert_eq!(file["parity_mends"], true, "{found}");
+    let shown = lab.run_text(&["check", "--read-data"]);
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains("its parity can mend it"), "{shown}");
+    assert!(shown.contains("run nbdbackup repair"), "{shown}");
+    // Nothing is known of it yet, and nothing is read to find it.
+    let done = lab.run(&["repair", "--only-marked"]).result();
+    assert_eq!(done["mended"], Value::Array(Vec::new()));
+    let done = lab.run(&["repair"]).result();
+    assert_eq!(done["status"], "ok");
+    assert_eq!(done["from"], Value::Null);
+    assert_eq!(done["mended"].as_array().unwrap().len(), 1, "{done}");
+    assert!(std::fs::read(&pack).unwrap() == good);
+    lab.run(&["check", "--read-data"]).result();
+    lab.assert_restores(&id, &image);
+
+    // One more is too much, and is said.
+    bytes[100..700].fill(0);
+    std::fs::remove_file(&pack).unwrap();
+    std::fs::write(&pack, &bytes).unwrap();
+    let failed = damaged(&lab.run(&["repair"]));
+    let failure = text(&failed["failed"][0], "problem");
+    assert!(failure.contains("parity makes up for 4"), "{failed}");
+    assert!(std::fs::read(&pack).unwrap() == bytes);
+    // What has been marked needs no search.
+    std::fs::write(&pack, &good).unwrap();
+    let done = lab.run(&["repair", "--only-marked"]).result();
+    assert_eq!(done["whole"].as_array().unwrap().len(), 1, "{done}");
+}
+
+#[test]
+fn damaged_and_missing_parity_is_said_harms_nothing_and_is_made_anew() {
+    let lab = Lab::new();
+    let image = lab.raw("vda.raw", MIB, 1);
+    let id = text(&lab.backup("full", &image, &[]), "snapshot");
+    let parity = |lab: &Lab| -> Vec<PathBuf> {
+        let files = lab.repository_files().into_iter();
+        let parity = files.filter(|f| f.to_str().unwrap().contains("/parity/"));
+        parity.collect()
+    };
+    let files = parity(&lab);
+    assert_eq!(files.len(), 2);
+    let good = std::fs::read(&files[1]).unwrap();
+    std::fs::remove_file(&files[0]).unwrap();
+    flip(&files[1], good.len() - 1);
+    let found = lab.run(&["check", "--read-data"]).result();
+    assert_eq!(number(&found, "damaged_parity_total"), 2, "{found}");
+    assert_eq!(number(&found, "parity_packs"), 1, "{found}");
+    let keyless = lab.run(&["check", "--no-key"]).result();
+    assert_eq!(keyless["damaged_parity"], found["damaged_parity"]);
+    let shown = lab.run_text(&["check", "--read-data"]);
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    for words in [
+        "parity: parity/",
+        "it is missing",
+        "run nbdbackup repair",
+        "is whole",
+    ] {
+        assert!(shown.contains(words), "{shown}");
+    }
+    let done = lab.run(&["repair", "--only-marked"]).result();
+    assert_eq!(done["parity_made"].as_array().unwrap().len(), 2, "{done}");
+    assert!(std::fs::read(&files[1]).unwrap() == good);
+    let found = lab.run(&["check", "--read-data"]).result();
+    assert_eq!(number(&found, "damaged_parity_total"), 0, "{found}");
+    lab.assert_restores(&id, &image);
+}
+
+#[test]
+fn parity_is_chosen_when_a_repository_is_made() {
+    for (parity, shards) in [(None, 4), (Some("0"), 0), (Some("16"), 16)] {
+        let lab = Lab::empty();
+        let mut args = vec!["init", "--encryption", "none"];
+        args.extend(parity.iter().flat_map(|shards| ["--parity", shards]));
+        let made = lab.run(&args).result();
+        assert_eq!(number(&made, "parity_shards"), shards);
+        let image = lab.raw("vda.raw", MIB, 1);
+        lab.backup("full", &image, &[]);
+        let files = lab.repository_files().into_iter();
+        let has = files.filter(|f| f.to_str().unwrap().contains("/parity/"));
+        assert_eq!(has.count(), if shards == 0 { 0 } else { 2 });
+    }
+    Lab::empty().run(&["init", "--parity", "17"]).error(2);
+}

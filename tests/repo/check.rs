@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use nbdbackup::repo::{
-    CheckOptions, Checked, MemoryStorage, PruneOptions, Repository, SnapshotId, Storage, scrub,
+    CheckOptions, Checked, DamagedFile, MemoryStorage, PruneOptions, Repository, SnapshotId,
+    Storage, scrub,
 };
 
 use crate::support::*;
@@ -69,6 +70,8 @@ fn whole_repository_is_whole_at_each_depth() {
             let found = check(&repo, percent, true);
             assert!(found.is_whole(), "{found:?}");
             assert_eq!(found.files_total, 0, "{found:?}");
+            assert_eq!(found.parity_total, 0, "{found:?}");
+            assert_eq!(found.parity_files, found.packs);
             assert_eq!(found.marked, 0);
             assert!(found.strangers.is_empty(), "{found:?}");
             assert_eq!((found.snapshots, found.chunks), (2, 4));
@@ -79,6 +82,7 @@ fn whole_repository_is_whole_at_each_depth() {
         let found = scrub(&sample.storage, &|_, _| {}).unwrap();
         assert!(found.is_whole(), "{found:?}");
         assert!(found.read_packs > 0);
+        assert_eq!((found.parity_files, found.parity_total), (found.packs, 0));
     }
 }
 
@@ -108,7 +112,7 @@ fn flip_each(sample: &Sample) {
                 panic!("{what}: does not open");
             };
             let found = check(&repo, Some(100.0), true);
-            let named = found.files.iter().any(|f| {
+            let named = found.files.iter().chain(&found.parity).any(|f| {
                 f.file == file.name || (f.file == "idx/" && file.name.starts_with("idx/"))
             });
             assert!(named, "{what}: not reported: {found:?}");
@@ -164,8 +168,24 @@ fn truncated_zeroed_extended_deleted_and_swapped_files_are_reported_and_never_wr
             let nameless = ["snap/", "forget/", "verify/"];
             let quiet = deleted && nameless.iter().any(|folder| file.name.starts_with(folder));
             let garbage = deleted && !found.is_whole();
+            if file.name.starts_with("parity/") {
+                let named = |f: &DamagedFile| f.file == file.name;
+                assert!(found.parity.iter().any(named), "{what}: not reported");
+                assert!(found.is_whole(), "{what}: {found:?}");
+                let keyless = scrub(&storage, &|_, _| {}).unwrap();
+                assert!(keyless.parity.iter().any(named), "{what}: {keyless:?}");
+                let made = open(&storage).mend_parity(false).unwrap();
+                assert_eq!(made, std::slice::from_ref(&file.name), "{what}");
+                assert!(
+                    storage.read(&file.name, u64::MAX).unwrap() == good,
+                    "{what}"
+                );
+            }
             assert!(
-                quiet || garbage || found.files_total > 0 || is_garbage(&sample, &file.name),
+                quiet
+                    || garbage
+                    || found.files_total + found.parity_total > 0
+                    || is_garbage(&sample, &file.name),
                 "{what}: not reported: {found:?}"
             );
             if file.name.starts_with("snap/") || file.name.starts_with("forget/") {
@@ -411,12 +431,12 @@ fn damaged_packs_and_snapshots_are_fetched_from_a_copy() {
         let bad = copy(&storage);
         check(&repo, Some(100.0), true);
         assert_eq!(
-            repo.repair_from(&bad).unwrap().fetched,
+            repo.repair(Some(&bad)).unwrap().fetched,
             Vec::<String>::new()
         );
         // The packs of a snapshot that was lost are known only when it is back, and those of a map with that.
         for _ in 0..4 {
-            let done = repo.repair_from(&sample.storage).unwrap();
+            let done = repo.repair(Some(&sample.storage)).unwrap();
             assert!(done.failed.is_empty(), "{done:?}");
             check(&repo, Some(100.0), true);
         }

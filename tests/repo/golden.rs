@@ -196,8 +196,10 @@ fn repository_with_an_unknown_feature_for_writing_is_read_and_left_as_it_is() {
         ("check --repair", repo.check(&repair, &|_, _| {}).map(drop)),
         ("rebuild", repo.rebuild_index().map(drop)),
         ("merge", repo.merge_index(u64::MAX).map(drop)),
-        ("repair", repo.repair_from(&copy).map(drop)),
+        ("repair", repo.repair(Some(&copy)).map(drop)),
+        ("parity", repo.mend_parity(true).map(drop)),
         ("reserve", repo.make_reserve()),
+        ("key remove", repo.remove_key(0)),
     ];
     for (what, result) in refused {
         let refused = matches!(result, Err(RepoError::Unsupported { .. }));

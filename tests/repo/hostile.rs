@@ -1,7 +1,5 @@
 //! A hostile writer who has the files but no key: forged footers that fit their checksums, and other bytes under a true id.
 
-use std::sync::Arc;
-
 use nbdbackup::repo::{CheckOptions, Checked, MemoryStorage, Repository, Storage};
 
 use crate::prune::{at_once, noise};
@@ -107,6 +105,9 @@ fn forged_footers_and_poisoned_records_are_never_believed_and_are_healed() {
         for pack in packs {
             let bytes = whole.read(&pack.name, u64::MAX).unwrap();
             for (what, forged) in forgeries(&bytes) {
+                if forged == bytes {
+                    continue;
+                }
                 tried += 1;
                 let what = format!("{}, {what}", pack.name);
                 // With the index that was there, and with one that was made of what was forged.
@@ -181,12 +182,11 @@ fn pack_that_claims_the_chunks_of_others_is_found_out_and_what_refers_to_it_is_h
         assert!(found.files.iter().any(|f| f.file == name), "{found:?}");
         assert!(found.marked > 0 && found.ranges_total == 0, "{found:?}");
         for _ in 0..2 {
-            Repository::prune(&open(&storage), &at_once()).unwrap();
+            open(&storage).prune(&at_once()).unwrap();
         }
         for id in [&id, &next] {
             assert!(restore(&open(&storage), id).unwrap() == disk);
         }
         assert!(check(&open(&storage), true).is_whole());
-        let _ = Arc::new(());
     }
 }

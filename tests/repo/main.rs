@@ -7,6 +7,8 @@ mod damage;
 #[path = "../support/fuzz.rs"]
 mod drive;
 mod encryption;
+mod faults;
+mod fetch;
 mod format_doc;
 mod fuzz;
 mod golden;
@@ -16,6 +18,9 @@ mod interleave;
 mod map_model;
 mod medium;
 mod mending;
+#[path = "../support/named.rs"]
+mod named;
+mod parity;
 mod prune;
 mod races;
 mod refused;

@@ -101,6 +101,49 @@ fn check(repo: &Repository, repair: bool) -> Result<Checked, RepoError> {
 }
 
 #[test]
+fn sector_that_cannot_be_read_is_computed_from_parity() {
+    let (whole, repo) = new_repo();
+    let disk = noise(1, 3);
+    let id = backup(&repo, &disk).unwrap().id;
+    for pack in [whole.list("packs/").unwrap(), whole.list("meta/").unwrap()].concat() {
+        let good = whole.read(&pack.name, u64::MAX).unwrap();
+        for at in [0, 100, pack.len - 60, pack.len - 1] {
+            let what = format!("{} at {at}", pack.name);
+            let storage = copy(&whole);
+            // The pages of the sector hold nothing of use.
+            let mut bytes = good.clone();
+            bytes[at as usize] ^= 0xff;
+            storage.damage(&pack.name, bytes);
+            let bad = Arc::new(BadSector {
+                inner: storage.clone(),
+                file: pack.name.clone(),
+                range: at..at + 1,
+                errno: EIO,
+                gone: AtomicBool::new(false),
+            });
+            let repo = Repository::open(bad).unwrap();
+            check(&repo, true).unwrap();
+            // The new file stands on the same bad sector here, which is seen.
+            let done = repo.repair(None).unwrap();
+            assert_eq!(done.failed.len(), 1, "{what}: {done:?}");
+            assert!(
+                storage.read(&pack.name, u64::MAX).unwrap() == good,
+                "{what}"
+            );
+            // On another disk, or when it has taken another sector for it, all is well.
+            let repo = open(&storage);
+            assert_eq!(
+                repo.repair(None).unwrap().whole,
+                [pack.name.clone()],
+                "{what}"
+            );
+            assert!(check(&repo, false).unwrap().is_whole(), "{what}");
+            assert!(restore(&repo, &id).unwrap() == disk, "{what}");
+        }
+    }
+}
+
+#[test]
 fn sector_of_any_pack_that_cannot_be_read_is_damage_that_the_next_backup_heals() {
     let (whole, repo) = new_repo();
     let disk = noise(1, 3);
@@ -475,6 +518,7 @@ fn sector_of_any_file_that_cannot_be_read_loses_at_most_what_it_alone_holds() {
         let named = found
             .files
             .iter()
+            .chain(&found.parity)
             .any(|f| f.file == *what || f.file == format!("{kind}/"));
         let silent = ["ckpt", "sess", "reserve"].contains(&kind) || what.ends_with(".done");
         assert!(named || silent, "{what}: {found:?}");

@@ -167,6 +167,7 @@ fn settings_of_the_repository_survive_and_disks_commit_together() {
     let options = InitOptions {
         chunk_size: ChunkSize::new(1 << 20).unwrap(),
         compression: Compression::Zstd { level: 7 },
+        ..InitOptions::default()
     };
     let repo = Repository::init(Arc::new(storage.clone()), &options).unwrap();
     let again = Repository::open(Arc::new(storage)).unwrap();

@@ -289,4 +289,9 @@ impl NewFile for SteppedFile {
         self.storage.step("publish", name)?;
         self.inner.publish(name)
     }
+
+    fn replace(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        self.storage.step("replace", name)?;
+        self.inner.replace(name)
+    }
 }

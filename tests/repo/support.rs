@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use nbdbackup::repo::{
-    BackupKind, Batcher, ChunkRead, ChunkSize, Compression, DiskRecord, DiskStats, FileInfo, Hold,
-    InitOptions, MapRoot, MemoryStorage, NewFile, PasswordCost, ReadBuffers, RepoError, Repository,
-    Run, Secret, Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage,
-    StorageError,
+    BackupKind, Batcher, ChunkRead, ChunkSize, DiskRecord, DiskStats, FileInfo, Hold, InitOptions,
+    MapRoot, MemoryStorage, NewFile, PasswordCost, ReadBuffers, RepoError, Repository, Run, Secret,
+    Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage, StorageError,
 };
 
 pub(crate) const CHUNK: usize = 64 << 10;
@@ -47,7 +46,7 @@ impl Rng {
 pub(crate) fn options() -> InitOptions {
     InitOptions {
         chunk_size: ChunkSize::new(CHUNK as u32).unwrap(),
-        compression: Compression::default(),
+        ..InitOptions::default()
     }
 }
 
@@ -422,6 +421,11 @@ impl NewFile for FaultFile {
         self.storage.call(name, true)?;
         self.inner.publish(name)
     }
+
+    fn replace(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        self.storage.call(name, true)?;
+        self.inner.replace(name)
+    }
 }
 
 /// What a power failure may leave of a storage: all, nothing, or any part of what no barrier made durable.
@@ -520,6 +524,10 @@ impl NewFile for FullFile {
 
     fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
         self.inner.publish(name)
+    }
+
+    fn replace(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        self.inner.replace(name)
     }
 }
 

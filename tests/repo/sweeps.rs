@@ -126,6 +126,7 @@ pub(crate) fn assert_recovers(
     let rest = open(storage).prune(&at_once()).unwrap();
     assert_eq!((rest.unused_bytes, rest.removed_bytes), (0, 0), "{what}");
     assert!(storage.list("sess/").unwrap().is_empty(), "{what}");
+    crate::parity::assert_no_orphans(storage, what);
     let decided = storage.list("gc/").unwrap();
     assert!(
         decided.iter().all(|f| f.name.ends_with(".done")),

@@ -31,7 +31,7 @@ pub(super) async fn repair(
 ) -> Result<Outcome, EngineError> {
     let catalog = config::open(global).await?;
     catalog
-        .repair_from(args.from, reporter)
+        .repair(args.from, !args.only_marked, reporter)
         .await
         .map(Outcome::Repair)
 }

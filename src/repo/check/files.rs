@@ -5,6 +5,7 @@ use crate::repo::bad;
 use crate::repo::error::RepoError;
 use crate::repo::format::envelope::MAX_SMALL_FILE;
 use crate::repo::format::pack::PackKind;
+use crate::repo::format::parity;
 use crate::repo::format::segment;
 use crate::repo::generations;
 use crate::repo::repository::create;
@@ -118,7 +119,8 @@ fn is_ours(name: &str) -> bool {
         "snap" | "forget" | "bad" | "verify" => {
             rest.len() == 32 && rest.bytes().all(|b| b.is_ascii_hexdigit())
         }
-        "keys" | "sess" | "ckpt" | "gc" | "parity" => true,
+        "parity" => parity::parse_file_name(name).is_some(),
+        "keys" | "sess" | "ckpt" | "gc" => true,
         _ => false,
     }
 }

@@ -7,6 +7,7 @@ mod files;
 mod index;
 mod maps;
 mod packs;
+mod parity;
 
 use std::collections::HashSet;
 
@@ -23,6 +24,7 @@ use super::snapshot::Snapshot;
 use super::storage::StorageError;
 pub(crate) use index::hash_of;
 use packs::Packs;
+pub(crate) use parity::{check_files, compare, list as list_parity, tell_what_mends};
 
 /// How to check.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -44,6 +46,8 @@ pub struct DamagedFile {
     pub problem: String,
     /// Whether this run mended it.
     pub repaired: bool,
+    /// Whether its parity can mend it; `None` where there is none, or it was not looked at.
+    pub parity: Option<bool>,
 }
 
 /// A range of a snapshot's disk that cannot be read back.
@@ -90,6 +94,12 @@ pub struct Checked {
     pub ranges_total: u64,
     /// Their bytes.
     pub lost_bytes: u64,
+    /// The packs whose parity is there, as far as its header tells.
+    pub parity_files: u64,
+    /// What is wrong with parity, which endangers no snapshot by itself: the first of these files.
+    pub parity: Vec<DamagedFile>,
+    /// How many there are in all.
+    pub parity_total: u64,
     /// The files that are no part of a repository.
     pub strangers: Vec<String>,
     /// The records that this run marked as damaged.
@@ -117,6 +127,7 @@ impl Checked {
                 file: file.into(),
                 problem: problem.into(),
                 repaired: false,
+                parity: None,
             });
         }
     }
@@ -159,6 +170,9 @@ impl Repository {
         options: &CheckOptions,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Checked, RepoError> {
+        if options.repair {
+            self.check_writable()?;
+        }
         let mut turn = 0;
         loop {
             let before = generations::load(&**self.storage(), self.keys().mac()).ok();
@@ -208,6 +222,7 @@ impl Check<'_> {
         let snapshots = self.snapshots()?;
         // Segments before packs, and snapshots before both: what these name is there before them.
         let segments = self.list_segments()?;
+        let parity = list_parity(&**self.repo.storage())?;
         let mut packs = Packs::read(self, &snapshots)?;
         if let Some(percent) = self.options.read_data_percent {
             self.read_records(&mut packs, percent, progress)?;
@@ -216,7 +231,17 @@ impl Check<'_> {
         let mut needed = self.walk(&snapshots)?;
         let missing: HashSet<Prefix> = self.resolve(&mut needed, &packs, index_whole)?;
         self.name_losses(&snapshots, &missing)?;
-        Ok(())
+        let (storage, uuid) = (&**self.repo.storage(), self.repo.uuid());
+        let makes = self.repo.parity();
+        check_files(
+            storage,
+            uuid,
+            makes,
+            &parity,
+            &packs.listed,
+            &mut self.found,
+        )?;
+        tell_what_mends(storage, uuid, &mut self.found)
     }
 
     fn snapshots(&mut self) -> Result<Vec<Snapshot>, RepoError> {

@@ -1,6 +1,6 @@
 //! The packs: their footers, a second index made of these, and the records themselves.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use tempfile::TempDir;
 
-use super::Check;
+use super::{Check, compare};
 use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::PackName;
@@ -26,6 +26,8 @@ use crate::repo::verify::{RecordBuffers, read_verified};
 /// All packs that are whole as far as their footers tell.
 pub(super) struct Packs {
     pub(super) whole: HashMap<PackName, Pack>,
+    /// All that are there, with their lengths.
+    pub(super) listed: BTreeMap<PackName, u64>,
     /// Slots whose records were read now and are damaged.
     pub(super) damaged: HashSet<(PackKind, crate::repo::ids::PackId, u32)>,
     /// An index of all their records, in a folder of its own.
@@ -66,6 +68,7 @@ impl Packs {
         let storage = LocalStorage::create(folder.path())?;
         let mut packs = Self {
             whole: HashMap::new(),
+            listed: BTreeMap::new(),
             damaged: HashSet::new(),
             index: Index::new(Arc::new(storage)),
             _folder: folder,
@@ -83,6 +86,7 @@ impl Packs {
                     continue;
                 };
                 let name = (kind, pack);
+                packs.listed.insert(name, file.len);
                 let footer = read_footer(&**check.repo.storage(), check.repo.uuid(), kind, pack);
                 let footer = footer.and_then(|f| as_written(f, written.get(&name), &file.name));
                 match footer {
@@ -168,7 +172,15 @@ impl Check<'_> {
             found: Mutex::default(),
         };
         reading.all()?;
-        let (slots, whole, unreadable) = reading.into_found();
+        let Found {
+            slots,
+            whole,
+            unreadable,
+            parity,
+        } = reading.into_found();
+        for (name, problem) in parity {
+            self.found.parity(&name.1, problem);
+        }
         for (name, error) in unreadable {
             self.found.fault(name.0.file_name(&name.1), &error);
             self.marks.add_whole(name);
@@ -218,8 +230,18 @@ fn as_written(footer: Footer, written: Option<&[u8; 32]>, file: &str) -> Result<
 
 type BadSlot = (PackName, FooterEntry, RepoError);
 
-/// The records that are damaged, the packs that were read, and those whose footers went bad meanwhile.
-type Found = (Vec<BadSlot>, Vec<PackName>, Vec<(PackName, RepoError)>);
+/// What was found when packs were read.
+#[derive(Default)]
+struct Found {
+    /// The records that are damaged.
+    slots: Vec<BadSlot>,
+    /// The packs that were read.
+    whole: Vec<PackName>,
+    /// Those whose footers went bad meanwhile.
+    unreadable: Vec<(PackName, RepoError)>,
+    /// Those that are whole, and whose parity is not.
+    parity: Vec<(PackName, String)>,
+}
 
 /// Packs that are read by several threads.
 struct Reading<'a> {
@@ -265,7 +287,7 @@ impl Reading<'_> {
             Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
             Err(error) => {
                 let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-                found.2.push((*name, error));
+                found.unreadable.push((*name, error));
                 return Ok(());
             }
         };
@@ -278,9 +300,15 @@ impl Reading<'_> {
                 Err(error) => damaged.push((*name, *entry, error)),
             }
         }
+        // What the parity of a damaged pack can do is told with the damage.
+        let parity = match damaged.is_empty() {
+            true => compare(storage, self.repo.uuid(), name)?,
+            false => None,
+        };
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        found.0.extend(damaged);
-        found.1.push(*name);
+        found.parity.extend(parity.map(|problem| (*name, problem)));
+        found.slots.extend(damaged);
+        found.whole.push(*name);
         Ok(())
     }
 
@@ -289,10 +317,10 @@ impl Reading<'_> {
             .found
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
-        found
-            .0
-            .sort_by_key(|(name, entry, _)| (*name, entry.offset));
-        found.2.sort_by_key(|(name, _)| *name);
+        let by_place = |(name, entry, _): &BadSlot| (*name, entry.offset);
+        found.slots.sort_by_key(by_place);
+        found.unreadable.sort_by_key(|(name, _)| *name);
+        found.parity.sort();
         found
     }
 }

@@ -2,6 +2,7 @@
 
 use super::cursor::Cursor;
 use super::envelope::{self, PAYLOAD_AT};
+use super::parity::MAX_PARITY;
 use super::tlv::{TlvWriter, once, read_tlvs, required};
 use super::{DecodeError, FileKind};
 use crate::repo::chunk::ChunkSize;
@@ -18,6 +19,8 @@ pub(crate) struct Config {
     pub(crate) chunk_size: ChunkSize,
     pub(crate) compression: Compression,
     pub(crate) encryption: Encryption,
+    /// How many lost parts of each pack parity makes up for; 0 where packs have none.
+    pub(crate) parity: u8,
 }
 
 impl Config {
@@ -26,6 +29,7 @@ impl Config {
         chunk_size: ChunkSize,
         compression: Compression,
         encryption: Encryption,
+        parity: u8,
     ) -> Result<Self, RepoError> {
         Ok(Self {
             features: Features::of(encryption),
@@ -33,6 +37,7 @@ impl Config {
             chunk_size,
             compression,
             encryption,
+            parity,
         })
     }
 
@@ -47,6 +52,10 @@ impl Config {
         let mut compression = vec![code];
         compression.extend_from_slice(&level.to_le_bytes());
         tlv.put(TAG_COMPRESSION, &compression)?;
+        // Absent as in repositories that were made before there was parity.
+        if self.parity > 0 {
+            tlv.put(TAG_PARITY, &[self.parity])?;
+        }
         envelope::wrap(FileKind::Config, &tlv.finish(), Some(mac_key))
             .map_err(|e| e.in_file("config"))
     }
@@ -61,7 +70,7 @@ impl Config {
     pub(crate) fn decode_keyless(file: &[u8]) -> Result<Self, DecodeError> {
         let opened = envelope::unwrap(file, FileKind::Config, true)?;
         let (mut features, mut uuid, mut chunk, mut compression) = (None, None, None, None);
-        let (mut hash, mut cipher) = (None, None);
+        let (mut hash, mut cipher, mut parity) = (None, None, None);
         for tlv in read_tlvs(opened.payload, PAYLOAD_AT) {
             let tlv = tlv?;
             match tlv.tag {
@@ -86,6 +95,13 @@ impl Config {
                     })?;
                     once(&mut compression, known, &tlv)?;
                 }
+                TAG_PARITY => {
+                    let most = tlv.u8("parity")?;
+                    if most > MAX_PARITY {
+                        return Err(DecodeError::unsupported(format!("{most} parity shards")));
+                    }
+                    once(&mut parity, most, &tlv)?;
+                }
                 _ => {}
             }
         }
@@ -104,6 +120,7 @@ impl Config {
             chunk_size: required(chunk, PAYLOAD_AT, "chunk size")?,
             compression: required(compression, PAYLOAD_AT, "compression")?,
             encryption,
+            parity: parity.unwrap_or(0),
         })
     }
 }
@@ -166,6 +183,7 @@ const TAG_CHUNK_LOG2: u16 = 3;
 const TAG_HASH: u16 = 4;
 const TAG_CIPHER: u16 = 5;
 const TAG_COMPRESSION: u16 = 6;
+const TAG_PARITY: u16 = 7;
 
 /// The `incompat` bit of what is encrypted.
 const ENCRYPTED: u64 = 1;
@@ -184,6 +202,7 @@ mod tests {
             chunk_size: ChunkSize::default(),
             compression: Compression::Zstd { level: -3 },
             encryption: Encryption::Aes256Gcm,
+            parity: 4,
         }
     }
 

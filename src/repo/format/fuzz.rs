@@ -9,6 +9,7 @@ use super::health::{BadPack, Verified};
 use super::key_slot::KeySlot;
 use super::node::Node;
 use super::pack::{PackHeader, PackKind, PackTrailer, decode_footer, encode_footer};
+use super::parity::{ParityHeader, Shape};
 use super::segment::{Directory, SegmentTrailer, decode_page, seal_page};
 use super::{DecodeError, FileKind, envelope};
 use crate::repo::chunk::ChunkSize;
@@ -142,7 +143,35 @@ pub fn format(data: &[u8]) {
             |file| Verified::decode(file, mac),
             |verified| verified.encode(mac).ok(),
         ),
+        17 => parity(bytes),
         _ => {}
+    }
+}
+
+/// Takes bytes for a parity file whose header's hash fits, of any length that is asked for.
+fn parity(bytes: &[u8]) {
+    let mut head = super::encode_header(FileKind::Parity).to_vec();
+    head.extend_from_slice(bytes);
+    let hash = blake3::hash(&head);
+    head.extend_from_slice(hash.as_bytes());
+    let Some(at) = bytes.get(32..48) else {
+        return;
+    };
+    // The length that the fields ask for, where they ask for one that can be.
+    let (counts, _) = at.split_at(4);
+    let [_, _, most, _] = *counts else {
+        return;
+    };
+    let mut pack_len = [0; 8];
+    for (to, from) in pack_len.iter_mut().zip(at.iter().skip(8)) {
+        *to = *from;
+    }
+    let shape = Shape::of(u64::from_le_bytes(pack_len), most);
+    let file_len = shape.map_or(0, |shape| shape.file_len());
+    if let Ok(header) = ParityHeader::decode(&head, file_len) {
+        assert_eq!(header.encode(), head);
+        assert!(header.shape.header_len() <= ParityHeader::MAX_LEN);
+        assert!(ParityHeader::decode(&head, file_len.saturating_add(1)).is_err());
     }
 }
 

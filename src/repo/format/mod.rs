@@ -23,6 +23,7 @@ pub(crate) mod health;
 pub(crate) mod key_slot;
 pub(crate) mod node;
 pub(crate) mod pack;
+pub(crate) mod parity;
 pub(crate) mod segment;
 pub(crate) mod snapshot;
 pub(crate) mod tlv;
@@ -58,6 +59,7 @@ pub(crate) enum FileKind {
     Bad,
     Verified,
     Checkpoint,
+    Parity,
 }
 
 impl FileKind {
@@ -78,6 +80,7 @@ impl FileKind {
             Self::Bad => 13,
             Self::Verified => 14,
             Self::Checkpoint => 15,
+            Self::Parity => 16,
         }
     }
 }

@@ -58,7 +58,8 @@ pub(crate) struct Merged<'a> {
     /// The next entry of each stream that has one, with the stream's number.
     heads: BinaryHeap<Reverse<(SegmentEntry, usize)>>,
     packs: Vec<(PackKind, PackId)>,
-    last: Option<SegmentEntry>,
+    /// What comes next, last first: different entries of one prefix.
+    group: Vec<SegmentEntry>,
 }
 
 impl<'a> Merged<'a> {
@@ -90,7 +91,7 @@ impl<'a> Merged<'a> {
             heads: BinaryHeap::with_capacity(streams.len()),
             streams,
             packs,
-            last: None,
+            group: Vec::new(),
         };
         for number in 0..merged.streams.len() {
             merged.advance(number)?;
@@ -103,19 +104,31 @@ impl<'a> Merged<'a> {
         &self.packs
     }
 
-    /// Returns the next entry; the same record of two segments comes once.
+    /// Returns the next entry; the same record of several segments comes once.
     pub(crate) fn next(&mut self) -> Result<Option<SegmentEntry>, RepoError> {
-        loop {
-            let Some(Reverse((entry, number))) = self.heads.pop() else {
-                return Ok(None);
-            };
-            self.advance(number)?;
-            // Another place of the same identifier is kept.
-            if self.last != Some(entry) {
-                self.last = Some(entry);
-                return Ok(self.last);
-            }
+        if self.group.is_empty() {
+            self.gather()?;
         }
+        Ok(self.group.pop())
+    }
+
+    /// Takes all entries of the next prefix from all streams.
+    ///
+    /// Within a prefix each segment has an order of its own, that of its table of packs.
+    fn gather(&mut self) -> Result<(), RepoError> {
+        while let Some(Reverse((entry, number))) = self.heads.peek().copied() {
+            let other = |first: &SegmentEntry| first.prefix != entry.prefix;
+            // A segment that is nothing but copies of one record must not fill the memory.
+            if self.group.first().is_some_and(other) || self.group.len() == MOST_COPIES {
+                break;
+            }
+            self.heads.pop();
+            self.group.push(entry);
+            self.advance(number)?;
+        }
+        self.group.sort_unstable_by(|a, b| b.cmp(a));
+        self.group.dedup();
+        Ok(())
     }
 
     fn advance(&mut self, number: usize) -> Result<(), RepoError> {
@@ -125,6 +138,9 @@ impl<'a> Merged<'a> {
         Ok(())
     }
 }
+
+/// How many copies of one record are compared with each other.
+const MOST_COPIES: usize = 1 << 16;
 
 /// The entries of one input, with the numbers of packs that the output has.
 struct Stream {

@@ -447,6 +447,39 @@ mod tests {
     }
 
     #[test]
+    fn record_that_two_segments_name_in_other_orders_comes_once() {
+        let storage = MemoryStorage::new();
+        let index = Index::new(Arc::new(storage));
+        let both = |first: u32| {
+            let records = [1, 2].map(|n| SegmentEntry {
+                prefix: format::prefix_of(&id(n)),
+                pack: first,
+                offset: 0,
+                len: 7,
+                flags: 0,
+            });
+            let copies = records.map(|entry| SegmentEntry {
+                pack: 1 - first,
+                offset: 9,
+                ..entry
+            });
+            [records, copies].concat()
+        };
+        index.add(both(0), &[pack(0), pack(1)]).unwrap();
+        index.add(both(1), &[pack(1), pack(0)]).unwrap();
+        let mut merged = index.entries().unwrap();
+        let mut found = Vec::new();
+        while let Some(entry) = merged.next().unwrap() {
+            found.push(entry);
+        }
+        let mut different = found.clone();
+        different.sort_unstable();
+        different.dedup();
+        assert_eq!(found.len(), 4);
+        assert_eq!(different.len(), 4);
+    }
+
+    #[test]
     fn all_places_of_one_record_are_kept_by_a_merge() {
         let storage = MemoryStorage::new();
         let index = Index::new(Arc::new(storage));

@@ -17,6 +17,8 @@ use super::format::segment::{Prefix, SegmentEntry, prefix_of};
 use super::format::short_sum;
 use super::ids::{PackId, RepoUuid, SnapshotId};
 use super::keys::Keys;
+use super::parity::{self, Parity};
+use super::repository::Repository;
 use super::snapshot::WrittenPack;
 use super::storage::{NewFile, Storage};
 use sealer::Sealer;
@@ -33,6 +35,7 @@ pub(crate) struct Packs {
     keys: Arc<Keys>,
     session: SnapshotId,
     target_bytes: u64,
+    parity: Parity,
     data: Mutex<Option<Box<OpenPack>>>,
     meta: Mutex<Option<Box<OpenPack>>>,
     recent: Mutex<Recent>,
@@ -81,17 +84,16 @@ pub(crate) enum Appended {
 
 impl Packs {
     pub(crate) fn new(
-        storage: Arc<dyn Storage>,
-        repo: RepoUuid,
-        keys: Arc<Keys>,
+        repo: &Repository,
         session: SnapshotId,
         target_bytes: u64,
     ) -> Result<Self, RepoError> {
         Ok(Self {
             sealer: Sealer::start()?,
-            storage,
-            repo,
-            keys,
+            storage: Arc::clone(repo.storage()),
+            repo: repo.uuid(),
+            keys: Arc::clone(repo.keys()),
+            parity: repo.parity(),
             session,
             target_bytes: target_bytes.min(MAX_TARGET),
             data: Mutex::default(),
@@ -291,6 +293,8 @@ impl Packs {
             header,
             number,
             file: self.storage.create()?,
+            storage: Arc::clone(&self.storage),
+            parity: self.parity,
             len: 0,
             entries: Vec::new(),
             opened: Vec::new(),
@@ -317,6 +321,8 @@ struct OpenPack {
     /// The pack's place in the session's table of packs.
     number: u32,
     file: Box<dyn NewFile>,
+    storage: Arc<dyn Storage>,
+    parity: Parity,
     len: u32,
     entries: Vec<FooterEntry>,
     /// A sealed record, opened again to be proved.
@@ -331,18 +337,22 @@ impl OpenPack {
         Ok(())
     }
 
-    /// Writes the footer and the trailer, makes the file durable and publishes it.
+    /// Writes the footer and the trailer, makes the file durable and publishes it, and its parity after it.
     fn seal(mut self) -> Result<WrittenPack, RepoError> {
         let footer = encode_footer(&self.entries);
         let trailer = PackTrailer::new(&self.header.encode(), &footer);
         self.write(&footer)?;
         self.write(&trailer.encode())?;
-        let PackHeader { kind, pack, .. } = self.header;
+        let PackHeader {
+            kind, pack, repo, ..
+        } = self.header;
         self.file.publish(&kind.file_name(&pack))?;
+        let len = self.len.into();
+        parity::write(&*self.storage, repo, &(kind, pack), len, self.parity, false)?;
         Ok(WrittenPack {
             kind,
             id: pack,
-            len: self.len.into(),
+            len,
             footer_hash: trailer.hash,
         })
     }

@@ -180,6 +180,8 @@ pub(super) fn join(
         let all_damaged = places.is_empty();
         if all_damaged {
             std::mem::swap(&mut places, &mut damaged);
+            // A good one may be in a pack that a lost segment of the index named.
+            missing.lost += u64::from(!places.is_empty());
         }
         // What a check has called lost stops nothing, but calls for care.
         if places.is_empty() && bad.names(id) {
@@ -203,7 +205,7 @@ pub(super) fn join(
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Missing {
     count: u64,
-    /// How many more there are that a check has called lost.
+    /// How many more there are that a check has called lost, or damaged wherever they are.
     lost: u64,
     example: Option<Prefix>,
 }

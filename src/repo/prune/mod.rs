@@ -69,6 +69,8 @@ pub struct Pruned {
     pub packs_removed: u64,
     /// Their bytes.
     pub removed_bytes: u64,
+    /// The bytes of the parity that went with them, or was left over.
+    pub removed_parity_bytes: u64,
     /// The packs that were written anew without what nobody needs.
     pub packs_repacked: u64,
     /// The bytes of the packs that took their place.
@@ -94,6 +96,9 @@ impl Repository {
     ///
     /// What an open session may have referred to waits until that ends, and is removed by a later prune.
     pub fn prune(&self, options: &PruneOptions) -> Result<Pruned, RepoError> {
+        if !options.dry_run {
+            self.check_writable()?;
+        }
         let first = self.prune_with(options, false);
         if options.dry_run || !matches!(first, Err(RepoError::NoRoom { .. })) {
             return first;
@@ -134,7 +139,7 @@ impl Repository {
                 Ok(Turn::Again) => {}
                 Ok(Turn::Last) if options.dry_run => return Ok(run.pruned),
                 Ok(Turn::Last) => {
-                    self.end_prune(options, no_room)?;
+                    self.end_prune(options, no_room, &mut run.pruned)?;
                     return Ok(run.pruned);
                 }
                 // A segment that another prune merged and removed.
@@ -157,11 +162,17 @@ impl Repository {
         generations::load(&**self.storage(), self.keys().mac())
     }
 
-    fn end_prune(&self, options: &PruneOptions, no_room: bool) -> Result<(), RepoError> {
+    fn end_prune(
+        &self,
+        options: &PruneOptions,
+        no_room: bool,
+        pruned: &mut Pruned,
+    ) -> Result<(), RepoError> {
         generations::tidy(&**self.storage())?;
         sweep::remove_checkpoints(self, options)?;
         sweep::remove_idle_marks(self)?;
         self.tidy_bad()?;
+        sweep::remove_idle_parity(self, pruned)?;
         if !no_room {
             sweep::tidy_index(self)?;
         }

@@ -293,8 +293,10 @@ pub(super) fn dry_run(
     let blockers = blockers(repo, next, options)?;
     pruned.packs_repacked = plan.repack.len() as u64;
     pruned.written_bytes = plan.written_bytes(options.pack_bytes);
+    let mut removed = gone.packs;
     match blockers.is_empty() || (packs.is_empty() && plan.dropped.is_empty()) {
         true => {
+            removed.extend(&packs);
             pruned.snapshots_removed += plan.dropped.len() as u64;
             pruned.packs_removed += packs.len() as u64;
             pruned.removed_bytes += bytes;
@@ -305,7 +307,7 @@ pub(super) fn dry_run(
             pruned.waiting_for = blockers;
         }
     }
-    Ok(())
+    sweep::report_parity(repo, &removed, pruned)
 }
 
 /// The snapshots as a prune sees them.

@@ -1,7 +1,6 @@
 //! Writing packs anew with what is needed of old ones, each record proved before it is copied.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use super::plan::Plan;
 use crate::repo::cipher::Encryption;
@@ -32,13 +31,7 @@ pub(super) fn repack(
     if plan.repack.is_empty() {
         return Ok(done);
     }
-    let packs = Packs::new(
-        Arc::clone(repo.storage()),
-        repo.uuid(),
-        Arc::clone(repo.keys()),
-        SnapshotId::random()?,
-        pack_bytes,
-    )?;
+    let packs = Packs::new(repo, SnapshotId::random()?, pack_bytes)?;
     let mut buffers = RecordBuffers::default();
     for name in &plan.repack {
         let offsets = plan.moving.get(name).map(Vec::as_slice).unwrap_or_default();

@@ -11,9 +11,10 @@ use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::forget::{Forgotten, mark_file};
 use crate::repo::format::generation::{Condemned, PackName, Sweep};
+use crate::repo::format::parity;
 use crate::repo::format::snapshot::file_name;
 use crate::repo::generations::{self, Generations};
-use crate::repo::ids::SnapshotId;
+use crate::repo::ids::{PackId, SnapshotId};
 use crate::repo::presence::{Dead, open_sessions};
 use crate::repo::repository::Repository;
 use crate::repo::snapshot::{DiskRecord, Snapshot};
@@ -121,9 +122,62 @@ fn carry_out(repo: &Repository, sweep: &Sweep, pruned: &mut Pruned) -> Result<()
             Err(StorageError::Missing { .. }) => {}
             Err(other) => return Err(other.into()),
         }
+        remove_parity(repo, &parity::file_name(pack), pruned)?;
     }
     storage.barrier()?;
     Ok(())
+}
+
+fn remove_parity(repo: &Repository, file: &str, pruned: &mut Pruned) -> Result<(), RepoError> {
+    let len = match repo.storage().len(file) {
+        Ok(len) => len,
+        Err(StorageError::Missing { .. }) => return Ok(()),
+        Err(other) => return Err(other.into()),
+    };
+    match repo.storage().remove(file) {
+        Ok(()) => pruned.removed_parity_bytes += len,
+        Err(StorageError::Missing { .. }) => {}
+        Err(other) => return Err(other.into()),
+    }
+    Ok(())
+}
+
+/// Removes the parity of packs that are gone, which a prune left that was stopped.
+pub(super) fn remove_idle_parity(repo: &Repository, pruned: &mut Pruned) -> Result<(), RepoError> {
+    for file in idle_parity(repo)? {
+        remove_parity(repo, &file, pruned)?;
+    }
+    Ok(())
+}
+
+/// Says how much parity goes with packs, or is left over.
+pub(super) fn report_parity(
+    repo: &Repository,
+    packs: &[PackName],
+    pruned: &mut Pruned,
+) -> Result<(), RepoError> {
+    let mut goes: HashSet<String> = idle_parity(repo)?.into_iter().collect();
+    goes.extend(packs.iter().map(|(_, pack)| parity::file_name(pack)));
+    let files = repo.storage().list(parity::FOLDER)?.into_iter();
+    let goes = files.filter(|file| goes.contains(&file.name));
+    pruned.removed_parity_bytes += goes.map(|file| file.len).sum::<u64>();
+    Ok(())
+}
+
+/// Finds the parity of packs that are gone.
+fn idle_parity(repo: &Repository) -> Result<Vec<String>, RepoError> {
+    // Before the packs: a pack is there before its parity is, and none comes back under a name that was used.
+    let files = repo.storage().list(parity::FOLDER)?;
+    let packs = list_packs(repo)?;
+    let mut there: HashSet<PackId> = packs.keys().map(|(_, pack)| *pack).collect();
+    // A small pack that was lost can be computed from its parity alone.
+    let bad = BadRecords::load(repo)?;
+    there.extend(bad.files().iter().map(|(_, mark)| mark.pack.1));
+    Ok(files
+        .into_iter()
+        .map(|file| file.name)
+        .filter(|file| parity::parse_file_name(file).is_some_and(|pack| !there.contains(&pack)))
+        .collect())
 }
 
 /// Says what is condemned and cannot be removed yet.

@@ -21,7 +21,7 @@ use super::{FileInfo, Hold, NewFile, Storage, StorageError};
 pub struct LocalStorage {
     root: PathBuf,
     folders: Arc<Folders>,
-    open: Mutex<OpenFiles>,
+    open: Arc<Mutex<OpenFiles>>,
 }
 
 impl LocalStorage {
@@ -40,7 +40,7 @@ impl LocalStorage {
                 state: Mutex::default(),
                 syncing: Mutex::new(()),
             }),
-            open: Mutex::default(),
+            open: Arc::default(),
             root,
         })
     }
@@ -115,6 +115,7 @@ impl LocalStorage {
                 file,
                 path,
                 folders: Arc::clone(&self.folders),
+                open: Arc::clone(&self.open),
                 published: false,
             });
         }
@@ -287,6 +288,7 @@ struct LocalFile {
     file: File,
     path: PathBuf,
     folders: Arc<Folders>,
+    open: Arc<Mutex<OpenFiles>>,
     published: bool,
 }
 
@@ -297,16 +299,34 @@ impl NewFile for LocalFile {
             .map_err(|e| StorageError::from_io("write", &self.path.display().to_string(), e))
     }
 
-    fn publish(mut self: Box<Self>, name: &str) -> Result<(), StorageError> {
+    fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        self.put(name, rename_new)
+    }
+
+    fn replace(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        let open = Arc::clone(&self.open);
+        let done = self.put(name, |from, to| fs::rename(from, to));
+        lock(&open).forget(name);
+        done
+    }
+}
+
+impl LocalFile {
+    /// Makes the content durable and moves the file to its name.
+    fn put(
+        mut self: Box<Self>,
+        name: &str,
+        rename: impl Fn(&Path, &Path) -> io::Result<()>,
+    ) -> Result<(), StorageError> {
         self.file
             .sync_all()
             .map_err(|e| StorageError::from_io("sync", name, e))?;
         let target = self.folders.root.join(name);
-        let moved = match rename_new(&self.path, &target) {
+        let moved = match rename(&self.path, &target) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 let folder = target.parent().unwrap_or(&target);
                 fs::create_dir_all(folder).map_err(|e| StorageError::from_io("create", name, e))?;
-                rename_new(&self.path, &target)
+                rename(&self.path, &target)
             }
             other => other,
         };
@@ -481,6 +501,26 @@ mod tests {
         assert_eq!(lock(&storage.folders.state).changed.len(), 1);
         storage.barrier().unwrap();
         assert!(lock(&storage.folders.state).changed.is_empty());
+    }
+
+    #[test]
+    fn replace_takes_the_place_of_a_file_that_is_open_or_of_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = LocalStorage::open(dir.path()).unwrap();
+        new_file(&storage, b"old", "a/b").unwrap();
+        storage.barrier().unwrap();
+        let mut buf = [0; 3];
+        storage.read_at("a/b", 0, &mut buf).unwrap();
+        for name in ["a/b", "c/d"] {
+            let mut file = Storage::create(&storage).unwrap();
+            file.write(b"new").unwrap();
+            file.replace(name).unwrap();
+            storage.read_at(name, 0, &mut buf).unwrap();
+            assert_eq!(&buf, b"new", "{name}");
+            assert!(!lock(&storage.folders.state).changed.is_empty());
+            storage.barrier().unwrap();
+        }
+        assert_eq!(fs::read_dir(dir.path().join(TMP)).unwrap().count(), 0);
     }
 
     #[test]

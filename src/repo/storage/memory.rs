@@ -26,6 +26,13 @@ impl MemoryStorage {
         Self::default()
     }
 
+    /// Makes a place that holds one file.
+    pub(crate) fn holding(name: &str, bytes: Vec<u8>) -> Self {
+        let new = Self::new();
+        new.lock().files.insert(name.to_owned(), Arc::new(bytes));
+        new
+    }
+
     /// Returns a copy that shares nothing, as it is after a power failure: of what was published or removed since the
     /// last barrier, only that happened to which name `survives` agrees.
     pub fn after_power_failure(&self, mut survives: impl FnMut(&str) -> bool) -> Self {
@@ -205,6 +212,16 @@ impl NewFile for MemoryFile {
         }
         state.not_durable.insert(name.to_owned());
         state.files.insert(name.to_owned(), Arc::new(self.bytes));
+        Ok(())
+    }
+
+    fn replace(self: Box<Self>, name: &str) -> Result<(), StorageError> {
+        let mut state = self.storage.lock();
+        let was_durable = state.not_durable.insert(name.to_owned());
+        let old = state.files.insert(name.to_owned(), Arc::new(self.bytes));
+        if let Some(old) = old.filter(|_| was_durable) {
+            state.not_gone.entry(name.to_owned()).or_insert(old);
+        }
         Ok(())
     }
 }

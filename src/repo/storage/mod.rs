@@ -15,7 +15,8 @@ use super::error::RepoError;
 
 /// A place for write-once files with names such as `packs/0a/0a12...`; used from many threads at once.
 ///
-/// A file is written whole, then published under its name, and never changed afterwards.
+/// A file is written whole, then published under its name, and never changed afterwards; mending puts what it should be
+/// in the place of one that is damaged.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// Begins a file that nobody sees until it is published; dropping it unpublished removes it.
     fn create(&self) -> Result<Box<dyn NewFile>, StorageError>;
@@ -62,6 +63,12 @@ pub trait NewFile: Send {
     ///
     /// The name itself is durable after the next [`Storage::barrier`].
     fn publish(self: Box<Self>, name: &str) -> Result<(), StorageError>;
+
+    /// Makes the content durable, then puts the file in the place of the one of this name, or where there is none.
+    ///
+    /// Only for mending: the one that goes is damaged, and what takes its place was proved to be what it should be. At
+    /// each moment one of them is there, also after a crash; which one, is certain after the next [`Storage::barrier`].
+    fn replace(self: Box<Self>, name: &str) -> Result<(), StorageError>;
 }
 
 /// A name that is held; dropping it lets go.
