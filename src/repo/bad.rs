@@ -33,12 +33,13 @@ impl BadRecords {
     pub(crate) fn load(repo: &Repository) -> Result<Self, RepoError> {
         let mut bad = Self::default();
         for file in repo.storage().list(FOLDER)? {
-            let bytes = match repo.storage().read(&file.name, MAX_SMALL_FILE) {
+            let read = repo.storage().read(&file.name, MAX_SMALL_FILE);
+            let bytes = match read.map_err(RepoError::from) {
                 Ok(bytes) => bytes,
-                Err(StorageError::Missing { .. }) => continue,
-                Err(error @ StorageError::Io { .. }) => return Err(error.into()),
+                Err(RepoError::Missing { .. }) => continue,
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => {
-                    bad.unreadable.push((file.name, error.into()));
+                    bad.unreadable.push((file.name, error));
                     continue;
                 }
             };

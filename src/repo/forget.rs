@@ -37,6 +37,7 @@ impl Repository {
     ///
     /// The mark keeps what the snapshot said of its disks, since a later backup must know which one came last.
     pub fn forget(&self, ids: &[SnapshotId], now_unix_nanos: i64) -> Result<(), RepoError> {
+        self.check_writable()?;
         for id in ids {
             let snapshot = self.snapshot(id)?;
             match self.mark(snapshot.clone(), now_unix_nanos) {
@@ -56,6 +57,7 @@ impl Repository {
 
     /// Takes back that a snapshot was forgotten; fails once a prune has begun to remove it.
     pub fn unforget(&self, id: &SnapshotId) -> Result<Snapshot, RepoError> {
+        self.check_writable()?;
         let snapshot = self.snapshot(id)?;
         let file = mark_file(id);
         let mark = match self.storage().read(&file, MAX_SMALL_FILE) {
@@ -73,15 +75,19 @@ impl Repository {
         self.storage().barrier()?;
         // A prune that dropped it after the first look may not have seen that the mark is gone. One that drops it after
         // this look does see that, before it decides.
-        if self.is_dropped(id)? || self.snapshot(id).is_err() {
-            match create(&**self.storage(), &file, &mark) {
-                Ok(()) | Err(RepoError::NotEmpty { .. }) => {}
-                Err(other) => return Err(other),
+        let failure = match (self.is_dropped(id), self.snapshot(id)) {
+            (Ok(false), Ok(_)) => return Ok(snapshot),
+            (Ok(true), _) | (_, Err(RepoError::NoSuchSnapshot { .. })) => {
+                RepoError::TooLate { id: *id }
             }
-            self.storage().barrier()?;
-            return Err(RepoError::TooLate { id: *id });
+            (Err(error), _) | (_, Err(error)) => error,
+        };
+        match create(&**self.storage(), &file, &mark) {
+            Ok(()) | Err(RepoError::NotEmpty { .. }) => {}
+            Err(other) => return Err(other),
         }
-        Ok(snapshot)
+        self.storage().barrier()?;
+        Err(failure)
     }
 
     /// Reads all marks.
@@ -99,7 +105,7 @@ impl Repository {
                 Ok(Some(mark)) => marks.snapshots.push(mark),
                 // Taken back since it was listed.
                 Ok(None) => continue,
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => marks.unreadable.push((file.name, error)),
             }
             marks.ids.insert(id);

@@ -164,6 +164,7 @@ impl Repository {
         cost: PasswordCost,
         label: Option<&str>,
     ) -> Result<u32, RepoError> {
+        self.check_writable()?;
         if self.encryption() == Encryption::None {
             return Err(RepoError::NotEncrypted);
         }
@@ -195,6 +196,7 @@ impl Repository {
     ///
     /// A mark comes first: of several processes that remove each other's slots, one at least sees the other's mark.
     pub fn remove_key(&self, number: u32) -> Result<(), RepoError> {
+        self.check_writable()?;
         let storage = &**self.storage();
         if !load(storage)?.numbers.contains(&number) {
             return Err(RepoError::NoSuchKey { number });
@@ -230,6 +232,7 @@ impl Repository {
         cost: PasswordCost,
         label: Option<&str>,
     ) -> Result<(u32, u32), RepoError> {
+        self.check_writable()?;
         let old = self.slot().ok_or(RepoError::NotEncrypted)?;
         let new = self.add_key(secret, cost, label)?;
         self.remove_key(old)?;
@@ -271,7 +274,9 @@ fn load(storage: &dyn Storage) -> Result<Found, RepoError> {
                 .and_then(|bytes| KeySlot::decode(&bytes).map_err(|e| e.in_file(file)));
             slot.map_err(|e| faults.push((file.clone(), e))).ok()
         });
-        if let Some((_, error @ RepoError::Io { .. })) = faults.first() {
+        // A medium that cannot read one copy any more may read the other one.
+        let passing = |e: &&RepoError| matches!(e, RepoError::Io { .. }) && !e.is_bad_medium();
+        if let Some(error) = faults.iter().map(|(_, e)| e).find(passing) {
             return Err(error.clone());
         }
         match read {
@@ -303,7 +308,7 @@ pub(crate) fn damaged_slots(storage: &dyn Storage) -> Result<Vec<(String, RepoEr
                 read.and_then(|bytes| KeySlot::decode(&bytes).map_err(|e| e.in_file(&file)));
             match decoded {
                 Ok(_) => {}
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => damaged.push((file, error)),
             }
         }

@@ -234,17 +234,19 @@ pub(crate) fn open_sessions(repo: &Repository, dead: Dead) -> Result<Vec<OpenSes
 fn last_beat(repo: &Repository, found: &Announced) -> Result<Beat, RepoError> {
     let last = found.beats.keys().next_back().copied().unwrap_or(0);
     let name = beat_file(&found.id, last);
-    match repo.storage().read(&name, MAX_SMALL_FILE) {
-        Ok(bytes) => Ok(
-            Beat::decode(&bytes, repo.keys().mac()).unwrap_or_else(|error| {
-                let error = error.in_file(&name);
-                tracing::error!(%error, "an open session cannot be read; it is waited for");
-                Beat::default()
-            }),
-        ),
+    let read = repo.storage().read(&name, MAX_SMALL_FILE);
+    let beat = read
+        .map_err(RepoError::from)
+        .and_then(|bytes| Beat::decode(&bytes, repo.keys().mac()).map_err(|e| e.in_file(&name)));
+    match beat {
         // It is ending. What it stored is seen in its snapshot, if it commits.
-        Err(StorageError::Missing { .. }) => Ok(Beat::default()),
-        Err(other) => Err(other.into()),
+        Err(RepoError::Missing { .. }) => Ok(Beat::default()),
+        Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => Err(error),
+        Err(error) => {
+            tracing::error!(%error, "an open session cannot be read; it is waited for");
+            Ok(Beat::default())
+        }
+        read => read,
     }
 }
 

@@ -23,6 +23,7 @@ impl Repository {
     ///
     /// Packs of running or killed sessions come in too: their chunks are as good as any.
     pub fn rebuild_index(&self) -> Result<Rebuilt, RepoError> {
+        self.check_writable()?;
         self.index().refresh()?;
         let known = self.index().packs();
         let mut rebuilt = Rebuilt::default();
@@ -46,7 +47,9 @@ impl Repository {
                         table.push((kind, pack));
                         add_all(&mut entries, number, &footer);
                     }
-                    Err(error @ RepoError::Io { .. }) => return Err(error),
+                    Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => {
+                        return Err(error);
+                    }
                     Err(error) => rebuilt.unreadable.push((file.name, error)),
                 }
                 if entries.len() >= SEGMENT_ENTRIES {

@@ -67,7 +67,9 @@ impl Repository {
                         table.push((kind, pack));
                         add_all(&mut entries, table.len() as u32 - 1, &footer);
                     }
-                    Err(error @ RepoError::Io { .. }) => return Err(error),
+                    Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => {
+                        return Err(error);
+                    }
                     // Reported by the check.
                     Err(_) => {}
                 }
@@ -88,6 +90,7 @@ impl Repository {
     /// Mends packs that are marked as damaged, from their parity or from a copy of this repository's files, and fetches
     /// snapshots that cannot be read from that copy; each is proved before it takes its place.
     pub fn repair(&self, copy: Option<&dyn Storage>) -> Result<Repaired, RepoError> {
+        self.check_writable()?;
         let mut done = Repaired::default();
         if let Some(copy) = copy {
             self.fetch_snapshots(copy, &mut done)?;
@@ -128,6 +131,7 @@ impl Repository {
     ///
     /// With `compare_packs` all of each pack is compared with the sums that its parity holds, and not the parity only.
     pub fn mend_parity(&self, compare_packs: bool) -> Result<Vec<String>, RepoError> {
+        self.check_writable()?;
         let mut made = Vec::new();
         if self.parity() == Parity::NONE {
             return Ok(made);
@@ -165,17 +169,20 @@ impl Repository {
         copy: Option<&dyn Storage>,
         name: &PackName,
     ) -> Result<Result<Mended, RepoError>, RepoError> {
-        let computed = parity::rebuild(&**self.storage(), self.uuid(), name);
-        let computed = computed.and_then(|bytes| self.replace_pack(name, bytes));
-        let no_parity = match passing(computed)? {
-            Ok(_) => return Ok(Ok(Mended::Computed)),
+        let no_parity = match passing(parity::rebuild(&**self.storage(), self.uuid(), name))? {
+            Ok(bytes) => match self.replace_pack(name, bytes)? {
+                Ok(_) => return Ok(Ok(Mended::Computed)),
+                Err(error) => error,
+            },
             Err(error) => error,
         };
         let Some(copy) = copy else {
             return Ok(Err(no_parity));
         };
-        let fetched = read_pack(copy, self, name).and_then(|bytes| self.replace_pack(name, bytes));
-        Ok(passing(fetched)?.map(Mended::Fetched))
+        match passing(read_pack(copy, self, name))? {
+            Ok(bytes) => Ok(self.replace_pack(name, bytes)?.map(Mended::Fetched)),
+            Err(error) => Ok(Err(error)),
+        }
     }
 
     /// Fetches the snapshots that cannot be read.
@@ -226,11 +233,19 @@ impl Repository {
         Ok(())
     }
 
-    /// Proves the bytes of a pack, then puts them in the place of what is here.
-    fn replace_pack(&self, name: &PackName, bytes: Vec<u8>) -> Result<u64, RepoError> {
+    /// Proves the bytes of a pack, then puts them in the place of what is here; returns their number, or what is wrong
+    /// with them. Fails when they cannot be written or made durable.
+    fn replace_pack(
+        &self,
+        name: &PackName,
+        bytes: Vec<u8>,
+    ) -> Result<Result<u64, RepoError>, RepoError> {
         let file = name.0.file_name(&name.1);
         let proved = MemoryStorage::holding(&file, bytes);
-        let footer = self.prove(&proved, name)?;
+        let footer = match self.prove(&proved, name) {
+            Ok(footer) => footer,
+            Err(error) => return Ok(Err(error)),
+        };
         let mut new = self.storage().create()?;
         let mut buffer = vec![0; PIECE];
         let mut at = 0;
@@ -243,8 +258,7 @@ impl Repository {
         new.replace(&file)?;
         self.storage().barrier()?;
         // Read back: what the medium gives from now on is what counts.
-        self.prove(&**self.storage(), name)?;
-        Ok(footer.len)
+        Ok(passing(self.prove(&**self.storage(), name))?.map(|_| footer.len))
     }
 
     fn prove(&self, storage: &dyn Storage, name: &PackName) -> Result<Footer, RepoError> {

@@ -115,8 +115,7 @@ impl Repository {
         storage: Arc<dyn Storage>,
         secret: Option<&Secret>,
     ) -> Result<Arc<Self>, RepoError> {
-        let present = CONFIG_FILES.iter().any(|file| storage.len(file).is_ok());
-        if !present {
+        if !is_present(&*storage)? {
             return Err(RepoError::NotARepository {
                 place: storage.place(),
             });
@@ -207,7 +206,7 @@ impl Repository {
             });
             match decoded {
                 Ok(_) => {}
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => damaged.push((file.to_owned(), error)),
             }
         }
@@ -236,6 +235,8 @@ impl Repository {
                 Ok(snapshot) => list.snapshots.push(snapshot),
                 // Removed since it was listed, or the fence of a session that never committed.
                 Err(RepoError::NoSuchSnapshot { .. }) => {}
+                // It says nothing about the file.
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => list.unreadable.push((file.name, error)),
             }
         }
@@ -288,12 +289,7 @@ impl Repository {
 
     /// Begins a session, which stores chunks and maps and ends by committing one snapshot.
     pub fn begin(self: &Arc<Self>, options: &SessionOptions) -> Result<Session, RepoError> {
-        if !self.config.features.writable() {
-            return Err(RepoError::Unsupported {
-                file: CONFIG_FILES[0].to_owned(),
-                what: format!("features {:#x} for writing", self.config.features.ro_compat),
-            });
-        }
+        self.check_writable()?;
         let swept = self.storage.sweep()?;
         if swept > 0 {
             tracing::info!(files = swept, "removed what a killed session was writing");
@@ -303,7 +299,19 @@ impl Repository {
 
     /// Merges index segments, as long as no merge has more than `most_entries`, and returns how many merges there were.
     pub fn merge_index(&self, most_entries: u64) -> Result<u64, RepoError> {
+        self.check_writable()?;
         self.index.merge(most_entries)
+    }
+
+    /// Fails when a newer program uses this repository in a way that this one, which does not know it, could break.
+    pub(super) fn check_writable(&self) -> Result<(), RepoError> {
+        match self.config.features.writable() {
+            true => Ok(()),
+            false => Err(RepoError::Unsupported {
+                file: CONFIG_FILES[0].to_owned(),
+                what: format!("features {:#x} for writing", self.config.features.ro_compat),
+            }),
+        }
     }
 
     /// The number of index segments that a look-up may have to ask.
@@ -384,6 +392,19 @@ pub(super) fn not_empty(storage: &dyn Storage, file: &str) -> RepoError {
     }
 }
 
+/// Whether there is a repository; fails when the storage cannot tell.
+fn is_present(storage: &dyn Storage) -> Result<bool, RepoError> {
+    let mut refused = None;
+    for file in CONFIG_FILES {
+        match storage.len(file) {
+            Ok(_) => return Ok(true),
+            Err(StorageError::Missing { .. }) => {}
+            Err(other) => refused = Some(other),
+        }
+    }
+    refused.map_or(Ok(false), |error| Err(error.into()))
+}
+
 /// Returns the first copy that can be read, else what was wrong with the first.
 fn first_good<T>(
     files: &[&str],
@@ -394,9 +415,8 @@ fn first_good<T>(
         match read(file) {
             Ok(value) => return Ok(value),
             // Neither says that the file is damaged.
-            Err(error @ (RepoError::Unsupported { .. } | RepoError::Io { .. })) => {
-                return Err(error);
-            }
+            Err(error @ RepoError::Unsupported { .. }) => return Err(error),
+            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
             Err(error) => damaged.push(((*file).to_owned(), error)),
         }
     }

@@ -7,6 +7,7 @@ use super::storage::StorageError;
 impl Repository {
     /// Sets room aside, or as much of it as there is.
     pub fn make_reserve(&self) -> Result<(), RepoError> {
+        self.check_writable()?;
         match self.storage().len(RESERVE) {
             Ok(len) if len >= RESERVE_BYTES as u64 => return Ok(()),
             // There was less room then.

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nbdbackup::engine::{
-    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, EngineError, Event, Follow, Observer,
-    RestoreRequest, SourceSpec, Target,
+    self, BackupDisk, BackupOutcome, BackupRequest, Catalog, CopyOutcome, CopyRequest, EngineError,
+    Event, Follow, Observer, RestoreRequest, SourceSpec, Target,
 };
 use nbdbackup::nbd::server::{MemoryDisk, Server, ServerOptions};
 use nbdbackup::range::ByteRange;
@@ -36,15 +36,10 @@ impl Rig {
     }
 
     pub(crate) fn of_size(size: usize) -> Self {
-        let options = InitOptions {
-            chunk_size: ChunkSize::new(CHUNK as u32).unwrap(),
-            ..InitOptions::default()
-        };
-        let storage = MemoryStorage::new();
-        let repository = Repository::init(Arc::new(storage.clone()), &options).unwrap();
+        let (storage, catalog) = new_repository();
         Self {
             disk: Arc::new(MemoryDisk::new(size as u64)),
-            catalog: Catalog::over(repository, "memory"),
+            catalog,
             storage,
             folder: tempfile::tempdir().unwrap(),
         }
@@ -144,6 +139,21 @@ impl Rig {
 
     /// Restores a snapshot to a file and returns its bytes.
     pub(crate) async fn restore(&self, snapshot: &str) -> Result<Vec<u8>, EngineError> {
+        self.restore_from(&self.catalog, snapshot).await
+    }
+
+    /// Copies all snapshots to another repository.
+    pub(crate) async fn copy_to(&self, other: &Catalog) -> Result<CopyOutcome, EngineError> {
+        let request = CopyRequest::default();
+        self.catalog.copy_to(other, request, Arc::new(Silent)).await
+    }
+
+    /// Restores a snapshot of any repository to a file and returns its bytes.
+    pub(crate) async fn restore_from(
+        &self,
+        catalog: &Catalog,
+        snapshot: &str,
+    ) -> Result<Vec<u8>, EngineError> {
         let path: PathBuf = self.folder.path().join("restored");
         let request = RestoreRequest {
             snapshot: snapshot.to_owned(),
@@ -151,11 +161,22 @@ impl Rig {
             target: Target::Raw(path.clone()),
             overwrite: false,
         };
-        engine::restore(&self.catalog, request, Arc::new(Silent)).await?;
+        engine::restore(catalog, request, Arc::new(Silent)).await?;
         let bytes = std::fs::read(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         Ok(bytes)
     }
+}
+
+/// Makes a repository in memory.
+pub(crate) fn new_repository() -> (MemoryStorage, Catalog) {
+    let options = InitOptions {
+        chunk_size: ChunkSize::new(CHUNK as u32).unwrap(),
+        ..InitOptions::default()
+    };
+    let storage = MemoryStorage::new();
+    let repository = Repository::init(Arc::new(storage.clone()), &options).unwrap();
+    (storage, Catalog::over(repository, "memory"))
 }
 
 impl Rng {

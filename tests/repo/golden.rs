@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nbdbackup::repo::{CheckOptions, LocalStorage, Repository, Secret, Storage};
+use nbdbackup::repo::{
+    CheckOptions, LocalStorage, MemoryStorage, RepoError, Repository, Secret, Storage,
+};
 
 use crate::support::{CHUNK, backup, restore_disk};
 
@@ -85,6 +87,187 @@ fn each_golden_repository_is_read_checked_and_written_to() {
         assert_eq!(found.parity_total, 0, "{}: {found:?}", golden.folder);
         let again = backup(&repo, &read[1]).unwrap();
         assert_eq!(again.packs, [], "{}", golden.folder);
+    }
+}
+
+/// A copy in memory of the repository that is not encrypted, whose key anybody can read.
+fn plain() -> MemoryStorage {
+    let storage = MemoryStorage::new();
+    let local = LocalStorage::open(fixtures().join("v1-plain")).unwrap();
+    for file in local.list("").unwrap() {
+        storage.damage(&file.name, local.read(&file.name, u64::MAX).unwrap());
+    }
+    storage
+}
+
+/// The payload of a small file.
+fn payload(file: &[u8]) -> Vec<u8> {
+    let len = u32::from_le_bytes(file[16..20].try_into().unwrap()) as usize;
+    file[20..20 + len].to_vec()
+}
+
+/// A small file of the same kind as another with a payload that a later program may have written.
+fn rewritten(storage: &MemoryStorage, name: &str, payload: &[u8]) {
+    let slot = storage.read("keys/0", u64::MAX).unwrap();
+    let old = storage.read(name, u64::MAX).unwrap();
+    let mut file = old[..16].to_vec();
+    file.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+    file.extend_from_slice(payload);
+    let sum = blake3::hash(&file);
+    let tail = match name.starts_with("keys/") {
+        true => Vec::new(),
+        false => {
+            // The key stands in the slot after the tags of its kind and of itself.
+            let master = &slot[33..65];
+            let key = blake3::derive_key("nbdbackup 2026-11 k_mac config and snapshots", master);
+            blake3::keyed_hash(&key, &file).as_bytes().to_vec()
+        }
+    };
+    file.extend_from_slice(sum.as_bytes());
+    file.extend_from_slice(&tail);
+    storage.damage(name, file);
+}
+
+/// Sets a bit of the features, which are the first tag of the configuration and of snapshots.
+fn with_feature(storage: &MemoryStorage, name: &str, set: usize) {
+    let mut payload = payload(&storage.read(name, u64::MAX).unwrap());
+    assert_eq!(payload[..6], [1, 0, 24, 0, 0, 0]);
+    payload[6 + 8 * set + 5] |= 1;
+    rewritten(storage, name, &payload);
+}
+
+const COMPAT: usize = 0;
+const RO_COMPAT: usize = 1;
+const INCOMPAT: usize = 2;
+
+fn open(storage: &MemoryStorage) -> Result<Arc<Repository>, RepoError> {
+    Repository::open(Arc::new(storage.clone()))
+}
+
+fn reads(storage: &MemoryStorage) {
+    let repo = open(storage).unwrap();
+    let list = repo.snapshots().unwrap();
+    assert!(list.unreadable.is_empty(), "{:?}", list.unreadable);
+    let read = list.snapshots.iter();
+    let read: Vec<_> = read
+        .map(|s| restore_disk(&repo, &s.draft.disks[0]).unwrap())
+        .collect();
+    assert!(read == disks());
+}
+
+#[test]
+fn unknown_fields_and_features_that_may_be_ignored_are() {
+    let storage = plain();
+    for file in ["config", "config.bak"] {
+        with_feature(&storage, file, COMPAT);
+    }
+    for file in storage.list("snap/").unwrap() {
+        with_feature(&storage, &file.name, COMPAT);
+    }
+    let small = ["config", "config.bak", "keys/0", "keys/0.bak"].map(str::to_owned);
+    let snapshots = storage.list("snap/").unwrap().into_iter().map(|f| f.name);
+    for file in snapshots.chain(small) {
+        let unknown = [99, 1, 3, 0, 0, 0, b'n', b'e', b'w'];
+        let old = payload(&storage.read(&file, u64::MAX).unwrap());
+        rewritten(&storage, &file, &[&old[..], &unknown].concat());
+    }
+    reads(&storage);
+    let repo = open(&storage).unwrap();
+    backup(&repo, &disks()[1]).unwrap();
+    repo.prune(&crate::prune::at_once()).unwrap();
+    let found = repo.check(&CheckOptions::default(), &|_, _| {}).unwrap();
+    assert!(found.is_whole(), "{found:?}");
+}
+
+#[test]
+fn repository_with_an_unknown_feature_for_writing_is_read_and_left_as_it_is() {
+    let storage = plain();
+    for file in ["config", "config.bak"] {
+        with_feature(&storage, file, RO_COMPAT);
+    }
+    let before = storage.list("").unwrap();
+    reads(&storage);
+    let repo = open(&storage).unwrap();
+    let found = repo.check(&CheckOptions::default(), &|_, _| {}).unwrap();
+    assert!(found.is_whole(), "{found:?}");
+    let id = repo.snapshots().unwrap().snapshots[0].id;
+    let repair = CheckOptions {
+        repair: true,
+        ..CheckOptions::default()
+    };
+    let copy = plain();
+    let refused = [
+        ("backup", backup(&repo, &disks()[1]).map(drop)),
+        ("forget", repo.forget(&[id], 1)),
+        ("undelete", repo.unforget(&id).map(drop)),
+        ("prune", repo.prune(&crate::prune::at_once()).map(drop)),
+        ("check --repair", repo.check(&repair, &|_, _| {}).map(drop)),
+        ("rebuild", repo.rebuild_index().map(drop)),
+        ("merge", repo.merge_index(u64::MAX).map(drop)),
+        ("repair", repo.repair(Some(&copy)).map(drop)),
+        ("parity", repo.mend_parity(true).map(drop)),
+        ("reserve", repo.make_reserve()),
+        ("key remove", repo.remove_key(0)),
+    ];
+    for (what, result) in refused {
+        let refused = matches!(result, Err(RepoError::Unsupported { .. }));
+        assert!(refused, "{what}: {result:?}");
+    }
+    assert_eq!(storage.list("").unwrap(), before);
+}
+
+#[test]
+fn repository_or_snapshot_with_an_unknown_feature_for_reading_is_refused() {
+    let storage = plain();
+    for file in ["config", "config.bak"] {
+        with_feature(&storage, file, INCOMPAT);
+    }
+    let refused = open(&storage);
+    assert!(
+        matches!(refused, Err(RepoError::Unsupported { .. })),
+        "{refused:?}"
+    );
+    // One snapshot that only a newer program reads hides no other, and no prune goes on without it.
+    let storage = plain();
+    let newer = storage.list("snap/").unwrap().remove(0).name;
+    with_feature(&storage, &newer, INCOMPAT);
+    let repo = open(&storage).unwrap();
+    let list = repo.snapshots().unwrap();
+    assert_eq!(list.snapshots.len(), 1);
+    let (file, error) = &list.unreadable[0];
+    assert!(
+        *file == newer && matches!(error, RepoError::Unsupported { .. }),
+        "{error:?}"
+    );
+    let refused = repo.prune(&crate::prune::at_once());
+    assert!(
+        matches!(refused, Err(RepoError::SnapshotsUnreadable { .. })),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn file_of_a_later_version_of_the_format_is_refused_and_never_taken_for_damaged() {
+    let whole = plain();
+    for file in whole.list("").unwrap() {
+        let storage = plain();
+        let mut bytes = storage.read(&file.name, u64::MAX).unwrap();
+        bytes[10] = 2;
+        let sum = blake3::hash(&bytes[..12]);
+        bytes[12..16].copy_from_slice(&sum.as_bytes()[..4]);
+        storage.damage(&file.name, bytes);
+        match open(&storage) {
+            Err(error) => assert!(matches!(error, RepoError::Unsupported { .. }), "{error:?}"),
+            Ok(repo) => {
+                for (_, error) in repo.snapshots().unwrap().unreadable {
+                    assert!(matches!(error, RepoError::Unsupported { .. }), "{error:?}");
+                }
+                let kind = file.name.split('/').next().unwrap();
+                if !["snap", "packs", "meta"].contains(&kind) {
+                    reads(&storage);
+                }
+            }
+        }
     }
 }
 

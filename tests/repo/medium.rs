@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nbdbackup::repo::{
     CheckOptions, Checked, FileInfo, Hold, MemoryStorage, NewFile, RepoError, Repository,
@@ -19,11 +20,17 @@ struct BadSector {
     file: String,
     range: Range<u64>,
     errno: i32,
+    /// Whether the file was removed: one that takes its place lies in other sectors.
+    gone: AtomicBool,
 }
 
 impl BadSector {
     fn call(&self, name: &str, range: Range<u64>) -> Result<(), StorageError> {
-        if name != self.file || range.start >= self.range.end || range.end <= self.range.start {
+        if self.gone.load(Ordering::SeqCst)
+            || name != self.file
+            || range.start >= self.range.end
+            || range.end <= self.range.start
+        {
             return Ok(());
         }
         let error = std::io::Error::from_raw_os_error(self.errno);
@@ -55,6 +62,9 @@ impl Storage for BadSector {
     }
 
     fn remove(&self, name: &str) -> Result<(), StorageError> {
+        if name == self.file {
+            self.gone.store(true, Ordering::SeqCst);
+        }
         self.inner.remove(name)
     }
 
@@ -79,7 +89,6 @@ impl Storage for BadSector {
     }
 }
 
-const EIO: i32 = 5;
 const ESTALE: i32 = 116;
 
 fn check(repo: &Repository, repair: bool) -> Result<Checked, RepoError> {
@@ -110,6 +119,7 @@ fn sector_that_cannot_be_read_is_computed_from_parity() {
                 file: pack.name.clone(),
                 range: at..at + 1,
                 errno: EIO,
+                gone: AtomicBool::new(false),
             });
             let repo = Repository::open(bad).unwrap();
             check(&repo, true).unwrap();
@@ -152,6 +162,7 @@ fn sector_of_any_pack_that_cannot_be_read_is_damage_that_the_next_backup_heals()
                     file: pack.name.clone(),
                     range: at..at + 1,
                     errno,
+                    gone: AtomicBool::new(false),
                 })
             };
             let found = check(&Repository::open(bad(EIO)).unwrap(), false).unwrap();
@@ -290,6 +301,7 @@ fn help_that_cannot_be_read_any_more_stops_nobody() {
                 file: file.name.clone(),
                 range: 0..u64::MAX,
                 errno: EIO,
+                gone: AtomicBool::new(false),
             }));
             let repo = repo.unwrap();
             check(&repo, false).unwrap();
@@ -428,4 +440,117 @@ fn prune_s_decision_that_is_damaged_is_made_again_once_it_is_removed_by_hand() {
         }
     }
     assert!(decided > 3, "{decided}");
+}
+
+/// A life that leaves files of every kind; returns what is stored.
+pub(crate) fn every_kind(
+    new: (MemoryStorage, Arc<Repository>),
+) -> (MemoryStorage, BTreeMap<SnapshotId, Vec<u8>>) {
+    let (storage, repo) = new;
+    let open = || open_any(Arc::new(storage.clone())).unwrap();
+    let mut known = BTreeMap::new();
+    for n in 0..3 {
+        let disk = [noise(n, 3), noise(9, 2)].concat();
+        known.insert(backup(&repo, &disk).unwrap().id, disk);
+    }
+    let (first, disk) = known.pop_first().unwrap();
+    known.insert(backup(&repo, &disk).unwrap().id, disk);
+    repo.forget(&[first], 1).unwrap();
+    repo.prune(&at_once()).unwrap();
+    // A damaged record that was marked and stored again, and one more forgotten snapshot.
+    let pack = storage.list("packs/").unwrap().remove(0).name;
+    let mut bytes = storage.read(&pack, u64::MAX).unwrap();
+    bytes[100] ^= 1;
+    storage.damage(&pack, bytes);
+    assert!(check(&open(), true).unwrap().marked > 0);
+    for disk in known.clone().into_values() {
+        known.insert(backup(&open(), &disk).unwrap().id, disk);
+    }
+    let gone = backup(&open(), &noise(20, 3)).unwrap().id;
+    open().forget(&[gone], 1).unwrap();
+    // What dies leaves a beat and a checkpoint, and a prune that waits for somebody a list of what it condemned.
+    crate::resume::interrupt(&open(), &noise(50, 60));
+    let session = open().begin(&small_session()).unwrap();
+    assert!(open().prune(&at_once()).unwrap().packs_waiting > 0);
+    let left = copy(&storage);
+    drop(session);
+    crate::resume::interrupt(&open_any(Arc::new(left.clone())).unwrap(), &noise(60, 60));
+    let kinds = [
+        "bad", "ckpt", "forget", "gc", "idx", "keys", "meta", "packs", "sess", "snap", "verify",
+    ];
+    for kind in kinds {
+        assert!(
+            !left.list(&format!("{kind}/")).unwrap().is_empty(),
+            "{kind}"
+        );
+    }
+    (left, known)
+}
+
+#[test]
+fn sector_of_any_file_that_cannot_be_read_loses_at_most_what_it_alone_holds() {
+    let (whole, known) = every_kind(new_repo());
+    for file in whole.list("").unwrap() {
+        let what = &file.name;
+        let kind = what.split('/').next().unwrap();
+        let storage = copy(&whole);
+        let bad: Arc<dyn Storage> = Arc::new(BadSector {
+            inner: storage.clone(),
+            file: what.clone(),
+            range: 0..u64::MAX,
+            errno: EIO,
+            gone: AtomicBool::new(false),
+        });
+        let open = || Repository::open(Arc::clone(&bad)).unwrap_or_else(|e| panic!("{what}: {e}"));
+        // Only the index knows where the good copy of a damaged record is.
+        let alone = ["snap", "packs", "meta", "idx"].contains(&kind);
+        let reads = |when: &str| {
+            for (id, disk) in &known {
+                match restore(&open(), id) {
+                    Ok(read) => assert!(read == *disk, "{what}, {when}: wrong data"),
+                    Err(error) => assert!(alone, "{what}, {when}: {error}"),
+                }
+            }
+        };
+        reads("at once");
+        // It is damage, and not a storage that is gone.
+        let found = check(&open(), false).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let named = found
+            .files
+            .iter()
+            .chain(&found.parity)
+            .any(|f| f.file == *what || f.file == format!("{kind}/"));
+        let silent = ["ckpt", "sess", "reserve"].contains(&kind) || what.ends_with(".done");
+        assert!(named || silent, "{what}: {found:?}");
+        let disk = noise(70, 2);
+        // What says which packs are going, or which records are damaged, stops those who have to know.
+        let stored = backup(&open(), &disk);
+        match &stored {
+            Ok(_) => {}
+            Err(RepoError::Io { .. } | RepoError::Corrupt { .. })
+                if kind == "gc" || kind == "bad" => {}
+            Err(error) => panic!("{what}: {error}"),
+        }
+        for _ in 0..2 {
+            let pruned = open().prune(&at_once());
+            if !["snap", "meta", "gc", "bad", "forget", "idx"].contains(&kind) {
+                pruned.unwrap_or_else(|e| panic!("{what}: {e}"));
+            }
+            reads("after a prune");
+        }
+        check(&open(), true).unwrap_or_else(|e| panic!("{what}: {e}"));
+        for disk in known.values() {
+            backup(&open(), disk).unwrap_or_else(|e| panic!("{what}, mended: {e}"));
+        }
+        reads("mended");
+        if let Ok(stored) = stored {
+            assert!(restore(&open(), &stored.id).unwrap() == disk, "{what}");
+        }
+        if kind != "snap" {
+            for (id, disk) in &known {
+                let read = restore(&open(), id).unwrap_or_else(|e| panic!("{what}, healed: {e}"));
+                assert!(read == *disk, "{what}");
+            }
+        }
+    }
 }

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use nbdbackup::repo::{
-    ChunkSize, InitOptions, MemoryStorage, Repository, Run, Session, SnapshotDraft, Storage,
+    ChunkSize, InitOptions, MemoryStorage, PruneOptions, Repository, Run, Session, SnapshotDraft,
+    Storage,
 };
 
 use crate::support::*;
@@ -100,6 +101,58 @@ fn keeping_all_of_ten_tebibytes_reads_and_writes_nothing() {
     session.commit(draft("d", u64::MAX / 2, grown)).unwrap();
     let map = repo.map(&grown, u64::MAX / 2).unwrap();
     assert!(map.chunk(0).unwrap().is_some());
+}
+
+/// `NBDBACKUP_TEST_SESSIONS=100000` takes minutes.
+#[test]
+fn segments_stay_few_however_many_sessions_there_are() {
+    let sessions = std::env::var("NBDBACKUP_TEST_SESSIONS");
+    let sessions: u64 = sessions.map_or(2_000, |text| text.parse().unwrap());
+    let (memory, repo) = new_repo();
+    let chunk = |seed: u64| seed.to_le_bytes().repeat(CHUNK / 8);
+    let size = (sessions + 1) * CHUNK as u64;
+    // A disk of which each session stores one more chunk; only the latest snapshot stays, and now and then there is a prune.
+    let session = repo.begin(&small_session()).unwrap();
+    let mut map = session.map_writer(None, size).unwrap();
+    map.zero(0..map.chunks()).unwrap();
+    let mut latest = session
+        .commit(draft("d", size, map.finish().unwrap()))
+        .unwrap();
+    let (mut most, mut files) = (0, 0);
+    for seed in 1..=sessions {
+        let session = repo.begin(&session_after(&[latest.id])).unwrap();
+        let parent = (&latest.draft.disks[0].root, size);
+        let mut map = session.map_writer(Some(parent), size).unwrap();
+        map.keep(0..seed).unwrap();
+        let entry = session.store_chunk(&chunk(seed)).unwrap().entry.unwrap();
+        map.put(seed, entry).unwrap();
+        map.keep(seed + 1..map.chunks()).unwrap();
+        let next = session
+            .commit(draft("d", size, map.finish().unwrap()))
+            .unwrap();
+        memory.remove(&format!("snap/{}", latest.id)).unwrap();
+        latest = next;
+        if seed % 97 == 0 {
+            most = most.max(repo.index_segments().unwrap());
+            files = files.max(memory.list("idx/").unwrap().len());
+        }
+        if seed % 1_000 == 0 {
+            let keep_packs = PruneOptions {
+                max_unused_percent: 100.0,
+                ..crate::prune::at_once()
+            };
+            repo.prune(&keep_packs).unwrap();
+        }
+    }
+    println!("{sessions} sessions: at most {most} segments that count, {files} files");
+    assert!(most < 40, "{most} segments after {sessions} sessions");
+    // Another process sees as few, and knows all.
+    let other = open(&memory);
+    assert!(other.index_segments().unwrap() < 40);
+    let session = other.begin(&small_session()).unwrap();
+    for seed in (1..=sessions).step_by(sessions as usize / 100) {
+        assert!(!session.store_chunk(&chunk(seed)).unwrap().is_new, "{seed}");
+    }
 }
 
 #[test]

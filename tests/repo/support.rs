@@ -273,11 +273,19 @@ pub(crate) enum Fault {
     NoRoom,
     /// This one call fails.
     Once,
+    /// Nothing that changed is made durable any more, and that is said.
+    NoSync,
     /// Nothing fails, but from this call on nobody seems to hold what it holds.
     LocksLie,
     /// Nothing fails, but there are no locks, and by the storage's clock all was written so many seconds ago.
     NoLocks(i64),
 }
+
+/// What a medium says that cannot read any more.
+pub(crate) const EIO: i32 = 5;
+
+/// What stands for a name where all folders are synced.
+const FOLDERS: &str = "folders";
 
 /// Storage that fails at the call of a chosen number, counted from 1.
 #[derive(Clone, Debug)]
@@ -314,7 +322,11 @@ impl FaultStorage {
         let kind = match self.fault {
             Fault::Dead if call >= self.at => std::io::ErrorKind::Other,
             Fault::NoRoom if call >= self.at && writes => std::io::ErrorKind::StorageFull,
-            Fault::Once if call == self.at => std::io::ErrorKind::Other,
+            Fault::Once if call == self.at => {
+                let eio = std::io::Error::from_raw_os_error(EIO);
+                return Err(StorageError::from_io("use", name, eio));
+            }
+            Fault::NoSync if call >= self.at && name == FOLDERS => std::io::ErrorKind::Other,
             _ => return Ok(()),
         };
         Err(StorageError::from_io("use", name, kind.into()))
@@ -366,7 +378,7 @@ impl Storage for FaultStorage {
     }
 
     fn barrier(&self) -> Result<(), StorageError> {
-        self.call("folders", false)?;
+        self.call(FOLDERS, false)?;
         self.inner.barrier()
     }
 
@@ -380,7 +392,7 @@ impl Storage for FaultStorage {
         match self.fault {
             Fault::LocksLie => Ok(Some(false)),
             Fault::NoLocks(_) => Ok(None),
-            Fault::Dead | Fault::NoRoom | Fault::Once => self.inner.is_held(name),
+            Fault::Dead | Fault::NoRoom | Fault::Once | Fault::NoSync => self.inner.is_held(name),
         }
     }
 

@@ -62,16 +62,33 @@ pub(crate) fn die_at_each(
     op: impl Fn(Arc<dyn Storage>) -> Result<(), RepoError>,
     check: impl Fn(&MemoryStorage, bool, &str),
 ) -> (u64, usize) {
+    let check = |storage: &MemoryStorage, result: &Result<(), RepoError>, what: &str| {
+        check(storage, result.is_ok(), what);
+    };
+    fail_at_each(start, Fault::Dead, op, check)
+}
+
+/// The same with any fault, of which those that nobody dies of are looked at with all and nothing left; `check` learns
+/// what `op` returned.
+pub(crate) fn fail_at_each<T>(
+    start: &MemoryStorage,
+    fault: Fault,
+    op: impl Fn(Arc<dyn Storage>) -> Result<T, RepoError>,
+    check: impl Fn(&MemoryStorage, &Result<T, RepoError>, &str),
+) -> (u64, usize) {
     let mut checks = 0;
     for at in 1.. {
         let storage = start.after_power_failure(|_| true);
-        let faulty = FaultStorage::new(Arc::new(storage.clone()), at, Fault::Dead);
-        let done = op(Arc::new(faulty.clone())).is_ok();
-        for (left, storage) in power_failures(&storage, at) {
-            check(&storage, done, &format!("call {at}, {left} left"));
+        let faulty = FaultStorage::new(Arc::new(storage.clone()), at, fault);
+        let result = op(Arc::new(faulty.clone()));
+        let states = if fault == Fault::Dead { usize::MAX } else { 2 };
+        for (left, storage) in power_failures(&storage, at).into_iter().take(states) {
+            let what = format!("{fault:?} at call {at}, {left} left");
+            check(&storage, &result, &what);
             checks += 1;
         }
-        if done && faulty.calls() < at {
+        if faulty.calls() < at {
+            assert!(result.is_ok(), "nothing failed");
             return (at - 1, checks);
         }
     }
@@ -83,7 +100,11 @@ fn prune(storage: Arc<dyn Storage>) -> Result<(), RepoError> {
 }
 
 /// Checks that these are whole, that prunes end what was begun and leave nothing useless, and that a backup works.
-fn assert_recovers(storage: &MemoryStorage, whole: &[&(SnapshotId, Vec<u8>)], what: &str) {
+pub(crate) fn assert_recovers(
+    storage: &MemoryStorage,
+    whole: &[&(SnapshotId, Vec<u8>)],
+    what: &str,
+) {
     let intact = |when: &str| {
         let repo = open(storage);
         let list = repo.snapshots().unwrap();

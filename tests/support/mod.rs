@@ -6,6 +6,7 @@
 pub(crate) mod certificates;
 pub(crate) mod disk;
 pub(crate) mod lab;
+pub(crate) mod named;
 pub(crate) mod process;
 pub(crate) mod program;
 pub(crate) mod server;

@@ -1,6 +1,7 @@
 //! The small files: whether each is readable, and mending those that exist twice.
 
 use super::{Check, DamagedFile};
+use crate::repo::bad;
 use crate::repo::error::RepoError;
 use crate::repo::format::envelope::MAX_SMALL_FILE;
 use crate::repo::format::pack::PackKind;
@@ -26,7 +27,7 @@ impl Check<'_> {
         }
         match generations::load(&**self.repo.storage(), self.repo.keys().mac()) {
             Ok(_) => {}
-            Err(error @ RepoError::Io { .. }) => return Err(error),
+            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
             Err(error) => self.found.fault(file_of(&error, "gc/"), &error),
         }
         for file in self.repo.storage().list("")? {
@@ -43,8 +44,7 @@ impl Check<'_> {
         let storage = &**self.repo.storage();
         let damaged: Vec<String> = self.found.files.iter().map(|f| f.file.clone()).collect();
         for file in damaged {
-            let useless = file.starts_with("verify/")
-                || (file.starts_with("bad/") && self.options.read_data_percent == Some(100.0));
+            let useless = file.starts_with("verify/");
             let twin = twin(&file);
             if !useless && twin.is_none() {
                 continue;
@@ -66,6 +66,25 @@ impl Check<'_> {
             self.found.repaired(|f: &DamagedFile| f.file == file);
         }
         storage.barrier()?;
+        Ok(())
+    }
+
+    /// Removes the marks that cannot be read, once all records were read and what is damaged is marked anew.
+    ///
+    /// Never earlier: a prune that sees no mark of a damaged record may keep that one of two copies.
+    pub(super) fn remove_unreadable_marks(&mut self) -> Result<(), RepoError> {
+        if self.options.read_data_percent != Some(100.0) {
+            return Ok(());
+        }
+        let is_mark = |f: &DamagedFile| f.file.starts_with(bad::FOLDER);
+        let found = self.found.files.iter().filter(|f| is_mark(f));
+        for file in found.map(|f| f.file.clone()).collect::<Vec<_>>() {
+            match self.repo.storage().remove(&file) {
+                Ok(()) | Err(StorageError::Missing { .. }) => {}
+                Err(other) => return Err(other.into()),
+            }
+            self.found.repaired(|f| f.file == file);
+        }
         Ok(())
     }
 }
@@ -101,7 +120,7 @@ fn is_ours(name: &str) -> bool {
             rest.len() == 32 && rest.bytes().all(|b| b.is_ascii_hexdigit())
         }
         "parity" => parity::parse_file_name(name).is_some(),
-        "keys" | "sess" | "gc" => true,
+        "keys" | "sess" | "ckpt" | "gc" => true,
         _ => false,
     }
 }

@@ -170,6 +170,9 @@ impl Repository {
         options: &CheckOptions,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Checked, RepoError> {
+        if options.repair {
+            self.check_writable()?;
+        }
         let mut turn = 0;
         loop {
             let before = generations::load(&**self.storage(), self.keys().mac()).ok();
@@ -250,7 +253,7 @@ impl Check<'_> {
         for gone in &list.forgotten {
             match self.repo.snapshot(&gone.snapshot.id) {
                 Ok(_) | Err(RepoError::NoSuchSnapshot { .. }) => {}
-                Err(error @ RepoError::Io { .. }) => return Err(error),
+                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
                 Err(error) => {
                     self.found
                         .fault(snapshot::file_name(&gone.snapshot.id), &error);
@@ -273,6 +276,7 @@ impl Check<'_> {
         self.remove_idle_marks()?;
         let marks = std::mem::take(&mut self.marks);
         self.found.marked = marks.write(self.repo, &self.bad)?;
+        self.remove_unreadable_marks()?;
         // Marked is mended where nothing is lost with it: what needs the records finds them elsewhere.
         let mended: HashSet<String> = self
             .marked_packs

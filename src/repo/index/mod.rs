@@ -82,7 +82,9 @@ impl Index {
                         whole = false;
                         continue;
                     }
-                    Err(error @ (RepoError::Corrupt { .. } | RepoError::Unsupported { .. })) => {
+                    Err(error)
+                        if error.is_damage() || matches!(error, RepoError::Unsupported { .. }) =>
+                    {
                         tracing::error!(%error, "an index segment is unreadable; chunks may be stored again");
                         let file = format::file_name(name.0, &name.1);
                         loading.damaged.push((file, error));
@@ -118,7 +120,7 @@ impl Index {
                         self.refresh()?;
                         continue 'listing;
                     }
-                    Err(error @ RepoError::Corrupt { .. }) => {
+                    Err(error) if error.is_damage() => {
                         tracing::error!(%error, "an index page is unreadable; chunks may be stored again");
                     }
                     Err(other) => return Err(other),

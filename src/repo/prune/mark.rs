@@ -140,13 +140,21 @@ impl<'a> Walk<'a> {
 /// A place and the pack that it is in.
 pub(super) type Copied = (PackName, Place);
 
+/// The places that hold one record.
+#[derive(Clone, Copy)]
+pub(super) struct Copies<'a> {
+    pub(super) places: &'a [Copied],
+    /// Whether all of them are marked as damaged: then none is as good as another, and all stay.
+    pub(super) damaged: bool,
+}
+
 /// Goes through identifiers and index together, and calls `each` with the places of each identifier that are in
 /// packs that `usable` accepts. Returns how many have none, with one of them.
 pub(super) fn join(
     repo: &Repository,
     needed: &mut SortedIds,
     usable: &dyn Fn(&PackName, &Place) -> bool,
-    each: &mut dyn FnMut(&[Copied]),
+    each: &mut dyn FnMut(Copies<'_>),
 ) -> Result<Missing, RepoError> {
     let mut index = Entries::open(repo)?;
     let mut bad = BadRecords::load(repo)?;
@@ -168,9 +176,12 @@ pub(super) fn join(
                 }
             }
         })?;
-        // A damaged copy stays as long as there is no other: some of it may be had back.
-        if places.is_empty() {
+        // Damaged copies stay as long as there is no other: one may have failed to be read only once, or may be had back.
+        let all_damaged = places.is_empty();
+        if all_damaged {
             std::mem::swap(&mut places, &mut damaged);
+            // A good one may be in a pack that a lost segment of the index named.
+            missing.lost += u64::from(!places.is_empty());
         }
         // What a check has called lost stops nothing, but calls for care.
         if places.is_empty() && bad.names(id) {
@@ -181,7 +192,10 @@ pub(super) fn join(
             missing.count += 1;
             missing.example.get_or_insert(id);
         } else {
-            each(&places);
+            each(Copies {
+                places: &places,
+                damaged: all_damaged,
+            });
         }
     }
     Ok(missing)
@@ -191,7 +205,7 @@ pub(super) fn join(
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Missing {
     count: u64,
-    /// How many more there are that a check has called lost.
+    /// How many more there are that a check has called lost, or damaged wherever they are.
     lost: u64,
     example: Option<Prefix>,
 }
@@ -280,7 +294,7 @@ pub(super) struct Kept {
     pub(super) records: u64,
 }
 
-/// Picks for each identifier the pack that keeps it: of several the one of which most is needed.
+/// Picks for each identifier the pack that keeps it: of several whole ones the one of which most is needed.
 pub(super) struct Keepers {
     /// The needed bytes of each pack, records that stand elsewhere too included.
     needed_bytes: HashMap<PackName, u64>,
@@ -293,8 +307,8 @@ impl Keepers {
         usable: &dyn Fn(&PackName, &Place) -> bool,
     ) -> Result<Self, RepoError> {
         let mut needed_bytes: HashMap<PackName, u64> = HashMap::new();
-        join(repo, needed, usable, &mut |places| {
-            for (name, place) in places {
+        join(repo, needed, usable, &mut |copies| {
+            for (name, place) in copies.places {
                 *needed_bytes.entry(*name).or_default() += u64::from(place.len);
             }
         })?
@@ -302,19 +316,23 @@ impl Keepers {
         Ok(Self { needed_bytes })
     }
 
-    /// Picks among the places of one identifier.
-    pub(super) fn pick(
+    /// Picks among the places of one identifier: one, or all of them where all are damaged.
+    pub(super) fn pick<'a>(
         &self,
-        places: &[Copied],
+        copies: Copies<'a>,
         len_of: &dyn Fn(&PackName) -> u64,
-    ) -> Option<Copied> {
+    ) -> &'a [Copied] {
+        if copies.damaged {
+            return copies.places;
+        }
         let worth = |name: &PackName| {
             let needed = self.needed_bytes.get(name).copied().unwrap_or(0);
             // In millionths of the pack, which is enough to tell packs apart.
             u128::from(needed) * 1_000_000 / u128::from(len_of(name).max(1))
         };
-        let first = |(name, place): &&(PackName, Place)| (worth(name), *name, place.offset);
-        places.iter().max_by_key(first).copied()
+        let first = |(name, place): &&Copied| (worth(name), *name, place.offset);
+        let best = copies.places.iter().max_by_key(first);
+        best.map_or(&[], std::slice::from_ref)
     }
 }
 

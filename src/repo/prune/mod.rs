@@ -96,6 +96,9 @@ impl Repository {
     ///
     /// What an open session may have referred to waits until that ends, and is removed by a later prune.
     pub fn prune(&self, options: &PruneOptions) -> Result<Pruned, RepoError> {
+        if !options.dry_run {
+            self.check_writable()?;
+        }
         let first = self.prune_with(options, false);
         if options.dry_run || !matches!(first, Err(RepoError::NoRoom { .. })) {
             return first;

@@ -61,9 +61,9 @@ impl Plan {
         let keepers = Keepers::count(repo, &mut needed, &usable)?;
         let len_of = |name: &PackName| packs.get(name).copied().unwrap_or(0);
         let mut holdings = Holdings::default();
-        let may_go = join(repo, &mut needed, &usable, &mut |places| {
-            if let Some((name, place)) = keepers.pick(places, &len_of) {
-                let kept = holdings.kept.entry(name).or_default();
+        let may_go = join(repo, &mut needed, &usable, &mut |copies| {
+            for (name, place) in keepers.pick(copies, &len_of) {
+                let kept = holdings.kept.entry(*name).or_default();
                 kept.bytes += u64::from(place.len);
                 kept.records += 1;
             }
@@ -89,12 +89,12 @@ impl Plan {
             let (packs, moving) = (&plan.packs, &mut plan.moving);
             let len_of = |name: &PackName| packs.get(name).copied().unwrap_or(0);
             let usable = |name: &PackName, place: &Place| is_whole(packs, name, place);
-            join(repo, &mut needed, &usable, &mut |places| {
-                if let Some((name, place)) = keepers.pick(places, &len_of)
-                    && repack.contains(&name)
-                {
-                    let record = (place.offset, place.len);
-                    moving.entry(name).or_default().push(record);
+            join(repo, &mut needed, &usable, &mut |copies| {
+                for (name, place) in keepers.pick(copies, &len_of) {
+                    if repack.contains(name) {
+                        let record = (place.offset, place.len);
+                        moving.entry(*name).or_default().push(record);
+                    }
                 }
             })?
             .check(repo)?;
@@ -152,8 +152,8 @@ impl Plan {
         let mut ids = needed_by(repo, &dropped)?;
         let usable = |name: &PackName, place: &Place| is_whole(&self.packs, name, place);
         // What is missing cannot be freed.
-        join(repo, &mut ids, &usable, &mut |places| {
-            theirs.extend(places.iter().map(|(name, _)| *name));
+        join(repo, &mut ids, &usable, &mut |copies| {
+            theirs.extend(copies.places.iter().map(|(name, _)| *name));
         })?;
         Ok(theirs)
     }

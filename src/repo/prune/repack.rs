@@ -37,7 +37,7 @@ pub(super) fn repack(
         let offsets = plan.moving.get(name).map(Vec::as_slice).unwrap_or_default();
         match copy(repo, &packs, name, offsets, &mut buffers) {
             Ok(()) => {}
-            Err(error @ (RepoError::Corrupt { .. } | RepoError::Missing { .. })) => {
+            Err(error) if error.is_damage() || matches!(error, RepoError::Missing { .. }) => {
                 tracing::error!(%error, "a pack is damaged; it is left as it is");
                 done.damaged.push((*name, error));
             }

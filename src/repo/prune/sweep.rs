@@ -69,10 +69,14 @@ fn decide(repo: &Repository, condemned: &Condemned) -> Result<Sweep, RepoError> 
     let doomed: HashSet<PackName> = condemned.packs.iter().copied().collect();
     let mut rescued: HashSet<PackName> = HashSet::new();
     let usable = |name: &PackName, place: &Place| is_whole(&packs, name, place);
-    let may_go = join(repo, &mut needed, &usable, &mut |places| {
+    let may_go = join(repo, &mut needed, &usable, &mut |copies| {
+        if copies.damaged {
+            rescued.extend(copies.places.iter().map(|(name, _)| *name));
+            return;
+        }
         let safe = |name: &PackName| !doomed.contains(name) || rescued.contains(name);
-        if !places.iter().any(|(name, _)| safe(name)) {
-            rescued.extend(places.iter().map(|(name, _)| *name).min());
+        if !copies.places.iter().any(|(name, _)| safe(name)) {
+            rescued.extend(copies.places.iter().map(|(name, _)| *name).min());
         }
     })?
     .check(repo)?;
