@@ -216,14 +216,20 @@ impl Missing {
     /// What is lost may have been stored again, into a pack that a lost segment of the index named: where something is
     /// lost, no pack goes that the index does not know. All records of a pack are in one segment.
     pub(super) fn check(&self, repo: &Repository) -> Result<MayGo, RepoError> {
-        match self.example {
-            None if self.lost == 0 => Ok(MayGo::Any),
-            None => Ok(MayGo::Known(repo.index().packs())),
-            Some(example) => Err(RepoError::RecordsMissing {
+        let Some(example) = self.example else {
+            return Ok(match self.lost {
+                0 => MayGo::Any,
+                _ => MayGo::Known(repo.index().packs()),
+            });
+        };
+        Err(match repo.index().damaged().pop() {
+            // Most likely that is where they stand.
+            Some((_, unreadable)) => unreadable,
+            None => RepoError::RecordsMissing {
                 records: self.count,
                 example: format!("{example:032x}"),
-            }),
-        }
+            },
+        })
     }
 }
 
