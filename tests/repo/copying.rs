@@ -39,7 +39,7 @@ struct Scene {
 }
 
 fn scene() -> Scene {
-    let ((from, source), (to, target)) = (new_repo(), new_encrypted_repo());
+    let ((from, source), (to, target)) = (without_parity(), new_encrypted_repo());
     let own = noise(40, 2);
     let own = (backup(&target, &own).unwrap().id, own);
     let mut disks = vec![noise(1, 5)];

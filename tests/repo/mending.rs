@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use nbdbackup::repo::{
-    CheckOptions, Checked, InitOptions, MemoryStorage, Parity, RepoError, Repository, SnapshotId,
-    Storage,
+    CheckOptions, Checked, MemoryStorage, RepoError, Repository, SnapshotId, Storage,
 };
 
 use crate::prune::{at_once, noise};
@@ -40,17 +39,6 @@ pub(crate) fn assert_reads(storage: &MemoryStorage, known: &Known, what: &str) {
         let read = restore(&repo, id).unwrap_or_else(|e| panic!("{what}: {e}"));
         assert!(read == *disk, "{what}: wrong data");
     }
-}
-
-/// Parity would mend what is damaged here, and has sweeps of its own.
-fn without_parity() -> (MemoryStorage, Arc<Repository>) {
-    let storage = MemoryStorage::new();
-    let options = InitOptions {
-        parity: Parity::NONE,
-        ..options()
-    };
-    let repo = Repository::init(Arc::new(storage.clone()), &options).unwrap();
-    (storage, repo)
 }
 
 /// A repository of which a copy of each small file, the index, and records in two of three copies are damaged; the

@@ -6,8 +6,8 @@ use std::time::{Duration, SystemTime};
 
 use nbdbackup::repo::{
     BackupKind, Batcher, ChunkRead, ChunkSize, DiskRecord, DiskStats, FileInfo, Hold, InitOptions,
-    MapRoot, MemoryStorage, NewFile, PasswordCost, ReadBuffers, RepoError, Repository, Run, Secret,
-    Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage, StorageError,
+    MapRoot, MemoryStorage, NewFile, Parity, PasswordCost, ReadBuffers, RepoError, Repository, Run,
+    Secret, Session, SessionOptions, Snapshot, SnapshotDraft, SnapshotId, Storage, StorageError,
 };
 
 pub(crate) const CHUNK: usize = 64 << 10;
@@ -69,6 +69,17 @@ pub(crate) fn session_after(parents: &[SnapshotId]) -> SessionOptions {
 pub(crate) fn new_repo() -> (MemoryStorage, Arc<Repository>) {
     let storage = MemoryStorage::new();
     let repo = Repository::init(Arc::new(storage.clone()), &options()).unwrap();
+    (storage, repo)
+}
+
+/// A repository for sweeps in which parity would only add calls; it has sweeps of its own.
+pub(crate) fn without_parity() -> (MemoryStorage, Arc<Repository>) {
+    let storage = MemoryStorage::new();
+    let options = InitOptions {
+        parity: Parity::NONE,
+        ..options()
+    };
+    let repo = Repository::init(Arc::new(storage.clone()), &options).unwrap();
     (storage, repo)
 }
 
