@@ -63,7 +63,16 @@ impl Serving {
     /// Serves a disk of noise and holes by `nbdkit`, which computes both.
     pub(crate) fn quarter_full(scratch: &Path, size: &str) -> Result<Self, Fault> {
         let size = format!("size={size}");
-        Self::nbdkit(scratch, &["sparse-random", &size, "seed=1", "percent=25"])
+        Self::nbdkit(
+            scratch,
+            &[
+                "sparse-random",
+                &size,
+                "seed=1",
+                "percent=25",
+                "random-content=true",
+            ],
+        )
     }
 
     /// Serves a repository's newest snapshot.
