@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::repo::Parity;
+
 /// Incremental, deduplicated backups of QEMU/KVM disks over NBD dirty bitmaps.
 #[derive(Debug, Parser)]
 #[command(
@@ -125,8 +127,8 @@ pub(crate) struct Init {
     pub(crate) cost: CostArgs,
     /// How many damaged parts of a pack, of 64, `repair` can compute again: 0 (no parity) to 16. Each takes 1.6 % more
     /// room.
-    #[arg(long, default_value_t = 4, value_name = "PARTS", value_parser = clap::value_parser!(u8).range(0..=16))]
-    pub(crate) parity: u8,
+    #[arg(long, default_value_t = Parity::default(), value_name = "PARTS", value_parser = parity)]
+    pub(crate) parity: Parity,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -535,6 +537,11 @@ fn percent(text: &str) -> Result<f64, String> {
         Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(percent),
         _ => Err(format!("`{text}` is not a percentage")),
     }
+}
+
+fn parity(text: &str) -> Result<Parity, String> {
+    let known = text.parse().ok().and_then(Parity::new);
+    known.ok_or_else(|| format!("`{text}` is not a number from 0 to 16"))
 }
 
 fn seconds(text: &str) -> Result<f64, String> {

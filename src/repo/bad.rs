@@ -5,7 +5,6 @@ use std::ops::Range;
 
 use super::chunk::{Place, RecordFlags};
 use super::error::RepoError;
-use super::format::envelope::MAX_SMALL_FILE;
 use super::format::generation::PackName;
 use super::format::health::{BadPack, BadRecord};
 use super::format::node::FAN_OUT;
@@ -33,20 +32,11 @@ impl BadRecords {
     pub(crate) fn load(repo: &Repository) -> Result<Self, RepoError> {
         let mut bad = Self::default();
         for file in repo.storage().list(FOLDER)? {
-            let read = repo.storage().read(&file.name, MAX_SMALL_FILE);
-            let bytes = match read.map_err(RepoError::from) {
-                Ok(bytes) => bytes,
-                Err(RepoError::Missing { .. }) => continue,
-                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
-                Err(error) => {
-                    bad.unreadable.push((file.name, error));
-                    continue;
-                }
-            };
-            match BadPack::decode(&bytes, repo.keys().mac()) {
-                Ok(mark) => bad.add(file.name, mark),
-                Err(error) => {
-                    let error = error.in_file(&file.name);
+            let decode = |bytes: &[u8]| BadPack::decode(bytes, repo.keys().mac());
+            match repo.read_hint(&file.name, decode)? {
+                None => {}
+                Some(Ok(mark)) => bad.add(file.name, mark),
+                Some(Err(error)) => {
                     tracing::error!(%error, "a list of damaged records is unreadable; check --repair makes it again");
                     bad.unreadable.push((file.name, error));
                 }
@@ -266,7 +256,7 @@ impl Walk<'_> {
             true => None,
             false => match self.repo.nodes().load(node, level) {
                 Ok(loaded) => Some(loaded),
-                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+                Err(error) if error.is_refusal() => return Err(error),
                 Err(_) => None,
             },
         };

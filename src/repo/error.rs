@@ -192,15 +192,24 @@ pub enum RepoError {
 }
 
 impl RepoError {
-    /// Whether the medium cannot read this any more, which is as bad as wrong bytes; other refusals may pass.
-    pub(crate) fn is_bad_medium(&self) -> bool {
-        let eio = Some(rustix::io::Errno::IO.raw_os_error());
-        matches!(self, Self::Io { source, .. } if source.raw_os_error() == eio)
+    /// Whether the storage refused, which may pass and says nothing about what is stored.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::NoRoom { .. } => true,
+            Self::Io { .. } => !self.is_bad_medium(),
+            _ => false,
+        }
     }
 
     /// Whether what is stored is not what was written, or cannot be had any more.
     pub(crate) fn is_damage(&self) -> bool {
         matches!(self, Self::Corrupt { .. }) || self.is_bad_medium()
+    }
+
+    /// Whether the medium cannot read this any more, which is as bad as wrong bytes.
+    fn is_bad_medium(&self) -> bool {
+        let eio = Some(rustix::io::Errno::IO.raw_os_error());
+        matches!(self, Self::Io { source, .. } if source.raw_os_error() == eio)
     }
 
     /// Makes an [`RepoError::Io`]; `what` follows "cannot".
@@ -223,5 +232,15 @@ impl RepoError {
     /// Makes a [`RepoError::Misuse`].
     pub(crate) fn misuse(what: impl Into<String>) -> Self {
         Self::Misuse { what: what.into() }
+    }
+}
+
+/// Fails where the storage refused; what else went wrong is told inside.
+pub(super) fn unless_refused<T>(
+    result: Result<T, RepoError>,
+) -> Result<Result<T, RepoError>, RepoError> {
+    match result {
+        Err(error) if error.is_refusal() => Err(error),
+        other => Ok(other),
     }
 }

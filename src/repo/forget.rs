@@ -105,7 +105,7 @@ impl Repository {
                 Ok(Some(mark)) => marks.snapshots.push(mark),
                 // Taken back since it was listed.
                 Ok(None) => continue,
-                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+                Err(error) if error.is_refusal() => return Err(error),
                 Err(error) => marks.unreadable.push((file.name, error)),
             }
             marks.ids.insert(id);

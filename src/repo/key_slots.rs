@@ -275,8 +275,7 @@ fn load(storage: &dyn Storage) -> Result<Found, RepoError> {
             slot.map_err(|e| faults.push((file.clone(), e))).ok()
         });
         // A medium that cannot read one copy any more may read the other one.
-        let passing = |e: &&RepoError| matches!(e, RepoError::Io { .. }) && !e.is_bad_medium();
-        if let Some(error) = faults.iter().map(|(_, e)| e).find(passing) {
+        if let Some((_, error)) = faults.iter().find(|(_, e)| e.is_refusal()) {
             return Err(error.clone());
         }
         match read {
@@ -308,7 +307,7 @@ pub(crate) fn damaged_slots(storage: &dyn Storage) -> Result<Vec<(String, RepoEr
                 read.and_then(|bytes| KeySlot::decode(&bytes).map_err(|e| e.in_file(&file)));
             match decoded {
                 Ok(_) => {}
-                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+                Err(error) if error.is_refusal() => return Err(error),
                 Err(error) => damaged.push((file, error)),
             }
         }

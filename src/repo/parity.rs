@@ -1,6 +1,8 @@
 //! Parity of packs: writing it, looking how much of it and of its pack is whole, and computing a pack from it.
 
-use super::error::RepoError;
+use std::fmt;
+
+use super::error::{RepoError, unless_refused};
 use super::format::generation::PackName;
 use super::format::parity::{MAX_PARITY, ParityHeader, Shape, compute, file_name, restore};
 use super::ids::RepoUuid;
@@ -25,6 +27,12 @@ impl Parity {
     }
 }
 
+impl fmt::Display for Parity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 impl Default for Parity {
     fn default() -> Self {
         Self(4)
@@ -41,9 +49,9 @@ pub(crate) fn write(
     pack_len: u64,
     parity: Parity,
     replace: bool,
-) -> Result<u64, RepoError> {
+) -> Result<(), RepoError> {
     if parity == Parity::NONE {
-        return Ok(0);
+        return Ok(());
     }
     let shape = Shape::of(pack_len, parity.0)
         .ok_or_else(|| RepoError::misuse(format!("a pack of {pack_len} bytes has no parity")))?;
@@ -52,7 +60,7 @@ pub(crate) fn write(
     let (sums, shards) = match compute(&shape, read) {
         Ok(computed) => computed,
         // A prune removed the pack, of a session that it took for dead: that one is told when it commits.
-        Err(RepoError::Missing { .. }) => return Ok(0),
+        Err(RepoError::Missing { .. }) => return Ok(()),
         Err(other) => return Err(other),
     };
     let header = ParityHeader {
@@ -72,8 +80,7 @@ pub(crate) fn write(
         false => new.publish(&name),
     };
     match done {
-        Ok(()) => Ok(shape.file_len()),
-        Err(StorageError::Exists { .. }) => Ok(0),
+        Ok(()) | Err(StorageError::Exists { .. }) => Ok(()),
         Err(other) => Err(other.into()),
     }
 }
@@ -200,15 +207,6 @@ pub(crate) fn rebuild(
     Ok(data)
 }
 
-/// Keeps damage inside; fails where there is no room, or the system refuses in a way that may pass.
-pub(crate) fn passing<T>(result: Result<T, RepoError>) -> Result<Result<T, RepoError>, RepoError> {
-    match result {
-        Err(error @ RepoError::NoRoom { .. }) => Err(error),
-        Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => Err(error),
-        other => Ok(other),
-    }
-}
-
 /// Whether a shard is as it was; what the medium cannot read, or what is not there, is not.
 fn is_good(
     storage: &dyn Storage,
@@ -235,12 +233,9 @@ fn is_good(
         let piece = &mut buffer[..piece];
         piece[there..].fill(0);
         if there > 0 {
-            match storage.read_at(&file, start + at, &mut piece[..there]) {
-                Ok(()) => {}
-                Err(error) => {
-                    let damage: Result<(), _> = passing(Err(error.into()))?;
-                    return Ok(damage.is_ok());
-                }
+            let read = storage.read_at(&file, start + at, &mut piece[..there]);
+            if unless_refused(read.map_err(RepoError::from))?.is_err() {
+                return Ok(false);
             }
         }
         hasher.update(piece);

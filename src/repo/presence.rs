@@ -7,7 +7,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::error::RepoError;
 use super::format::FileKind;
-use super::format::envelope::MAX_SMALL_FILE;
 use super::format::generation::{Beat, PackName, encode_mark};
 use super::format::snapshot;
 use super::generations;
@@ -234,20 +233,17 @@ pub(crate) fn open_sessions(repo: &Repository, dead: Dead) -> Result<Vec<OpenSes
 fn last_beat(repo: &Repository, found: &Announced) -> Result<Beat, RepoError> {
     let last = found.beats.keys().next_back().copied().unwrap_or(0);
     let name = beat_file(&found.id, last);
-    let read = repo.storage().read(&name, MAX_SMALL_FILE);
-    let beat = read
-        .map_err(RepoError::from)
-        .and_then(|bytes| Beat::decode(&bytes, repo.keys().mac()).map_err(|e| e.in_file(&name)));
-    match beat {
-        // It is ending. What it stored is seen in its snapshot, if it commits.
-        Err(RepoError::Missing { .. }) => Ok(Beat::default()),
-        Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => Err(error),
-        Err(error) => {
-            tracing::error!(%error, "an open session cannot be read; it is waited for");
-            Ok(Beat::default())
-        }
-        read => read,
-    }
+    Ok(
+        match repo.read_hint(&name, |bytes| Beat::decode(bytes, repo.keys().mac()))? {
+            Some(Ok(beat)) => beat,
+            // It is ending. What it stored is seen in its snapshot, if it commits.
+            None => Beat::default(),
+            Some(Err(error)) => {
+                tracing::error!(%error, "an open session cannot be read; it is waited for");
+                Beat::default()
+            }
+        },
+    )
 }
 
 /// Makes it impossible for a session to commit; one that has committed is left alone.

@@ -1,11 +1,17 @@
 //! Bringing packs into the index that no segment names: all of them, should the index be lost.
 
-use super::error::RepoError;
-use super::format::pack::{MAX_RECORDS, PackKind};
+use std::sync::Arc;
+
+use tempfile::TempDir;
+
+use super::error::{RepoError, unless_refused};
+use super::format::generation::PackName;
+use super::format::pack::MAX_RECORDS;
 use super::format::segment::{SegmentEntry, prefix_of};
-use super::ids::PackId;
-use super::pack::{Footer, read_footer};
+use super::index::Index;
+use super::pack::{Footer, list_packs, read_footer};
 use super::repository::Repository;
+use super::storage::LocalStorage;
 
 /// What [`Repository::rebuild_index`] did.
 #[derive(Clone, Debug, Default)]
@@ -27,54 +33,94 @@ impl Repository {
         self.index().refresh()?;
         let known = self.index().packs();
         let mut rebuilt = Rebuilt::default();
-        let mut entries: Vec<SegmentEntry> = Vec::new();
-        let mut table: Vec<(PackKind, PackId)> = Vec::new();
+        let mut gather = Gather::into(self.index());
         // The packs that are listed here may be seen before they are durable.
         self.storage().barrier()?;
-        for kind in [PackKind::Data, PackKind::Meta] {
-            for file in self.storage().list(kind.folder())? {
-                let Some(pack) = kind.parse_file_name(&file.name) else {
-                    continue;
-                };
-                if known.contains(&(kind, pack)) {
-                    continue;
+        for (name, _) in list_packs(&**self.storage())? {
+            if known.contains(&name) {
+                continue;
+            }
+            let footer = read_footer(&**self.storage(), self.uuid(), name.0, name.1);
+            match unless_refused(footer)? {
+                Ok(footer) => {
+                    rebuilt.packs += 1;
+                    rebuilt.records += footer.entries.len() as u64;
+                    gather.add(name, &footer)?;
                 }
-                match read_footer(&**self.storage(), self.uuid(), kind, pack) {
-                    Ok(footer) => {
-                        rebuilt.packs += 1;
-                        rebuilt.records += footer.entries.len() as u64;
-                        let number = table.len() as u32;
-                        table.push((kind, pack));
-                        add_all(&mut entries, number, &footer);
-                    }
-                    Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => {
-                        return Err(error);
-                    }
-                    Err(error) => rebuilt.unreadable.push((file.name, error)),
-                }
-                if entries.len() >= SEGMENT_ENTRIES {
-                    self.index().add(std::mem::take(&mut entries), &table)?;
-                    table.clear();
-                }
+                Err(error) => rebuilt.unreadable.push((name.0.file_name(&name.1), error)),
             }
         }
-        if !entries.is_empty() {
-            self.index().add(entries, &table)?;
-        }
+        gather.finish()?;
         self.storage().barrier()?;
         Ok(rebuilt)
     }
 }
 
-pub(super) fn add_all(entries: &mut Vec<SegmentEntry>, pack: u32, footer: &Footer) {
-    entries.extend(footer.entries.iter().map(|record| SegmentEntry {
-        prefix: prefix_of(&record.id),
-        pack,
-        offset: record.offset,
-        len: record.len,
-        flags: record.flags.0,
-    }));
+/// Puts what packs' footers say into an index, in segments of a bounded size.
+pub(super) struct Gather<'a> {
+    index: &'a Index,
+    entries: Vec<SegmentEntry>,
+    table: Vec<PackName>,
+}
+
+impl<'a> Gather<'a> {
+    pub(super) fn into(index: &'a Index) -> Self {
+        Self {
+            index,
+            entries: Vec::new(),
+            table: Vec::new(),
+        }
+    }
+
+    pub(super) fn add(&mut self, name: PackName, footer: &Footer) -> Result<(), RepoError> {
+        let pack = self.table.len() as u32;
+        self.table.push(name);
+        self.entries
+            .extend(footer.entries.iter().map(|record| SegmentEntry {
+                prefix: prefix_of(&record.id),
+                pack,
+                offset: record.offset,
+                len: record.len,
+                flags: record.flags.0,
+            }));
+        match self.entries.len() >= SEGMENT_ENTRIES {
+            true => self.flush(),
+            false => Ok(()),
+        }
+    }
+
+    /// Adds what is left.
+    pub(super) fn finish(mut self) -> Result<(), RepoError> {
+        match self.entries.is_empty() {
+            true => Ok(()),
+            false => self.flush(),
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), RepoError> {
+        let entries = std::mem::take(&mut self.entries);
+        let table = std::mem::take(&mut self.table);
+        self.index.add(entries, &table)
+    }
+}
+
+/// An index in a temporary folder, which goes with it.
+pub(super) struct Scratch {
+    pub(super) index: Index,
+    _folder: TempDir,
+}
+
+impl Scratch {
+    pub(super) fn new() -> Result<Self, RepoError> {
+        let folder =
+            tempfile::tempdir().map_err(|e| RepoError::io("make a temporary folder", e))?;
+        let storage = LocalStorage::temporary(folder.path())?;
+        Ok(Self {
+            index: Index::new(Arc::new(storage)),
+            _folder: folder,
+        })
+    }
 }
 
 /// How many entries are gathered into one segment.
-pub(super) const SEGMENT_ENTRIES: usize = 4 * MAX_RECORDS;
+const SEGMENT_ENTRIES: usize = 4 * MAX_RECORDS;

@@ -4,20 +4,20 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::bad::BadRecords;
-use super::error::RepoError;
+use super::error::{RepoError, unless_refused};
 use super::format::FileKind;
 use super::format::envelope::MAX_SMALL_FILE;
 use super::format::generation::PackName;
-use super::format::pack::{MAX_PACK, PackKind};
+use super::format::pack::MAX_PACK;
 use super::format::parity::file_name as parity_file;
-use super::format::segment::{self, SegmentEntry};
-use super::index::Index;
-use super::pack::{Footer, read_footer};
-use super::parity::{self, Parity, Shards, passing};
-use super::rebuild::{SEGMENT_ENTRIES, add_all};
+use super::format::segment;
+use super::format::snapshot::file_name as snapshot_file;
+use super::pack::{Footer, list_packs, read_footer};
+use super::parity::{self, Parity, Shards};
+use super::rebuild::{Gather, Scratch};
 use super::repository::Repository;
 use super::snapshot::Snapshot;
-use super::storage::{LocalStorage, MemoryStorage, Storage, StorageError};
+use super::storage::{MemoryStorage, Storage, StorageError};
 use super::verify::{RecordBuffers, read_verified_in};
 
 /// What was mended, and what could not be.
@@ -51,39 +51,20 @@ impl Repository {
             .iter()
             .filter_map(|f| segment::parse_file_name(&f.name))
             .collect();
-        let folder =
-            tempfile::tempdir().map_err(|e| RepoError::io("make a temporary folder", e))?;
-        let scratch = Index::new(Arc::new(LocalStorage::create(folder.path())?));
-        let (mut entries, mut table): (Vec<SegmentEntry>, Vec<PackName>) = Default::default();
+        let scratch = Scratch::new()?;
+        let mut gather = Gather::into(&scratch.index);
         // The packs that are listed here may be seen before they are durable.
         self.storage().barrier()?;
-        for kind in [PackKind::Data, PackKind::Meta] {
-            for file in self.storage().list(kind.folder())? {
-                let Some(pack) = kind.parse_file_name(&file.name) else {
-                    continue;
-                };
-                match read_footer(&**self.storage(), self.uuid(), kind, pack) {
-                    Ok(footer) => {
-                        table.push((kind, pack));
-                        add_all(&mut entries, table.len() as u32 - 1, &footer);
-                    }
-                    Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => {
-                        return Err(error);
-                    }
-                    // Reported by the check.
-                    Err(_) => {}
-                }
-                if entries.len() >= SEGMENT_ENTRIES {
-                    scratch.add(std::mem::take(&mut entries), &table)?;
-                    table.clear();
-                }
+        for (name, _) in list_packs(&**self.storage())? {
+            let footer = read_footer(&**self.storage(), self.uuid(), name.0, name.1);
+            // A damaged one is reported by the check.
+            if let Ok(footer) = unless_refused(footer)? {
+                gather.add(name, &footer)?;
             }
         }
-        if !entries.is_empty() {
-            scratch.add(entries, &table)?;
-        }
+        gather.finish()?;
         let replaced = names.len();
-        self.index().rewrite(&mut scratch.entries()?, names)?;
+        self.index().rewrite(&mut scratch.index.entries()?, names)?;
         Ok(Replaced { replaced })
     }
 
@@ -99,7 +80,7 @@ impl Repository {
         let packs: BTreeSet<PackName> = bad.files().iter().map(|(_, mark)| mark.pack).collect();
         for name in packs {
             let file = name.0.file_name(&name.1);
-            if passing(self.prove(&**self.storage(), &name))?.is_ok() {
+            if unless_refused(self.prove(&**self.storage(), &name))?.is_ok() {
                 done.whole.push(file);
             } else {
                 match self.mend_pack(copy, &name)? {
@@ -137,27 +118,21 @@ impl Repository {
             return Ok(made);
         }
         let storage = &**self.storage();
-        for kind in [PackKind::Data, PackKind::Meta] {
-            for file in storage.list(kind.folder())? {
-                let Some(pack) = kind.parse_file_name(&file.name) else {
-                    continue;
-                };
-                let name = (kind, pack);
-                let whole = parity::read_header(storage, self.uuid(), &name)
-                    .and_then(|header| Shards::read(storage, header, !compare_packs));
-                let is_there = match passing(whole)? {
-                    Ok(shards) if shards.lost() == 0 => continue,
-                    Err(RepoError::Missing { .. }) => false,
-                    Ok(_) | Err(_) => true,
-                };
-                // A damaged pack is reported by whoever looks for those; its parity stays as it is.
-                let Ok(footer) = passing(self.prove(storage, &name))? else {
-                    continue;
-                };
-                let parity = self.parity();
-                parity::write(storage, self.uuid(), &name, footer.len, parity, is_there)?;
-                made.push(parity_file(&pack));
-            }
+        for (name, _) in list_packs(storage)? {
+            let whole = parity::read_header(storage, self.uuid(), &name)
+                .and_then(|header| Shards::read(storage, header, !compare_packs));
+            let is_there = match unless_refused(whole)? {
+                Ok(shards) if shards.lost() == 0 => continue,
+                Err(RepoError::Missing { .. }) => false,
+                Ok(_) | Err(_) => true,
+            };
+            // A damaged pack is reported by whoever looks for those; its parity stays as it is.
+            let Ok(footer) = unless_refused(self.prove(storage, &name))? else {
+                continue;
+            };
+            let parity = self.parity();
+            parity::write(storage, self.uuid(), &name, footer.len, parity, is_there)?;
+            made.push(parity_file(&name.1));
         }
         storage.barrier()?;
         Ok(made)
@@ -169,7 +144,8 @@ impl Repository {
         copy: Option<&dyn Storage>,
         name: &PackName,
     ) -> Result<Result<Mended, RepoError>, RepoError> {
-        let no_parity = match passing(parity::rebuild(&**self.storage(), self.uuid(), name))? {
+        let no_parity = match unless_refused(parity::rebuild(&**self.storage(), self.uuid(), name))?
+        {
             Ok(bytes) => match self.replace_pack(name, bytes)? {
                 Ok(_) => return Ok(Ok(Mended::Computed)),
                 Err(error) => error,
@@ -179,7 +155,7 @@ impl Repository {
         let Some(copy) = copy else {
             return Ok(Err(no_parity));
         };
-        match passing(read_pack(copy, self, name))? {
+        match unless_refused(read_pack(copy, self, name))? {
             Ok(bytes) => Ok(self.replace_pack(name, bytes)?.map(Mended::Fetched)),
             Err(error) => Ok(Err(error)),
         }
@@ -190,8 +166,9 @@ impl Repository {
         let list = self.snapshots()?;
         let mut unreadable: Vec<String> = list.unreadable.into_iter().map(|(f, _)| f).collect();
         for gone in &list.forgotten {
-            if let Err(RepoError::Corrupt { file, .. }) = self.snapshot(&gone.snapshot.id) {
-                unreadable.push(file);
+            let id = &gone.snapshot.id;
+            if self.snapshot(id).is_err_and(|error| error.is_damage()) {
+                unreadable.push(snapshot_file(id));
             }
         }
         for file in unreadable.iter().filter(|file| file.starts_with("snap/")) {
@@ -218,7 +195,7 @@ impl Repository {
                 self.check_identity(&snapshot, &id, file)?;
                 Ok(bytes)
             });
-        let bytes = match fetched {
+        let bytes = match unless_refused(fetched)? {
             Ok(bytes) => bytes,
             Err(error) => {
                 done.failed.push((file.to_owned(), error));
@@ -241,24 +218,18 @@ impl Repository {
         bytes: Vec<u8>,
     ) -> Result<Result<u64, RepoError>, RepoError> {
         let file = name.0.file_name(&name.1);
-        let proved = MemoryStorage::holding(&file, bytes);
-        let footer = match self.prove(&proved, name) {
+        let bytes = Arc::new(bytes);
+        let staged = MemoryStorage::holding(&file, Arc::clone(&bytes));
+        let footer = match self.prove(&staged, name) {
             Ok(footer) => footer,
             Err(error) => return Ok(Err(error)),
         };
         let mut new = self.storage().create()?;
-        let mut buffer = vec![0; PIECE];
-        let mut at = 0;
-        while at < footer.len {
-            let piece = PIECE.min(usize::try_from(footer.len - at).unwrap_or(PIECE));
-            proved.read_at(&file, at, &mut buffer[..piece])?;
-            new.write(&buffer[..piece])?;
-            at += piece as u64;
-        }
+        new.write(&bytes)?;
         new.replace(&file)?;
         self.storage().barrier()?;
         // Read back: what the medium gives from now on is what counts.
-        Ok(passing(self.prove(&**self.storage(), name))?.map(|_| footer.len))
+        Ok(unless_refused(self.prove(&**self.storage(), name))?.map(|_| footer.len))
     }
 
     fn prove(&self, storage: &dyn Storage, name: &PackName) -> Result<Footer, RepoError> {
@@ -285,5 +256,3 @@ fn read_pack(copy: &dyn Storage, repo: &Repository, name: &PackName) -> Result<V
     read_footer(copy, repo.uuid(), name.0, name.1)?;
     Ok(copy.read(&name.0.file_name(&name.1), MAX_PACK)?)
 }
-
-const PIECE: usize = 1 << 20;

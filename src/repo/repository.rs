@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::chunk::ChunkSize;
 use super::cipher::Encryption;
 use super::compress::Compression;
-use super::error::RepoError;
+use super::error::{RepoError, unless_refused};
 use super::forget::Forgotten;
 use super::format::config::Config;
 use super::format::envelope::MAX_SMALL_FILE;
@@ -94,7 +94,7 @@ impl Repository {
             options.chunk_size,
             options.compression,
             encryption,
-            options.parity.shards(),
+            options.parity,
         )?;
         let file = config.encode(keys.mac())?;
         storage.barrier()?;
@@ -178,7 +178,7 @@ impl Repository {
 
     /// How many lost parts of each new pack its parity makes up for.
     pub fn parity(&self) -> Parity {
-        Parity::new(self.config.parity).unwrap_or(Parity::NONE)
+        self.config.parity
     }
 
     /// Whether and how it is encrypted.
@@ -206,7 +206,7 @@ impl Repository {
             });
             match decoded {
                 Ok(_) => {}
-                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+                Err(error) if error.is_refusal() => return Err(error),
                 Err(error) => damaged.push((file.to_owned(), error)),
             }
         }
@@ -236,7 +236,7 @@ impl Repository {
                 // Removed since it was listed, or the fence of a session that never committed.
                 Err(RepoError::NoSuchSnapshot { .. }) => {}
                 // It says nothing about the file.
-                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+                Err(error) if error.is_refusal() => return Err(error),
                 Err(error) => list.unreadable.push((file.name, error)),
             }
         }
@@ -329,17 +329,14 @@ impl Repository {
         name: &str,
         decode: impl FnOnce(&[u8]) -> Result<T, DecodeError>,
     ) -> Result<Option<Result<T, RepoError>>, RepoError> {
-        let bytes = match self.storage.read(name, MAX_SMALL_FILE) {
-            Ok(bytes) => bytes,
-            Err(StorageError::Missing { .. }) => return Ok(None),
-            Err(error) => {
-                return match RepoError::from(error) {
-                    error @ RepoError::Io { .. } if !error.is_bad_medium() => Err(error),
-                    error => Ok(Some(Err(error))),
-                };
-            }
-        };
-        Ok(Some(decode(&bytes).map_err(|e| e.in_file(name))))
+        let read = self.storage.read(name, MAX_SMALL_FILE);
+        let decoded = read
+            .map_err(RepoError::from)
+            .and_then(|bytes| decode(&bytes).map_err(|e| e.in_file(name)));
+        match unless_refused(decoded)? {
+            Err(RepoError::Missing { .. }) => Ok(None),
+            decoded => Ok(Some(decoded)),
+        }
     }
 
     /// Says where the repository lies, for messages.
@@ -416,7 +413,7 @@ fn first_good<T>(
             Ok(value) => return Ok(value),
             // Neither says that the file is damaged.
             Err(error @ RepoError::Unsupported { .. }) => return Err(error),
-            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+            Err(error) if error.is_refusal() => return Err(error),
             Err(error) => damaged.push(((*file).to_owned(), error)),
         }
     }

@@ -3,14 +3,12 @@
 use std::collections::BTreeMap;
 
 use super::check::{Checked, check_files, compare, hash_of, list_parity, tell_what_mends};
-use super::error::RepoError;
+use super::error::{RepoError, unless_refused};
 use super::format::FileKind;
 use super::format::config::Config;
 use super::format::envelope::{self, MAX_SMALL_FILE};
-use super::format::pack::PackKind;
 use super::format::{segment, short_sum};
-use super::pack::read_footer;
-use super::parity::Parity;
+use super::pack::{list_packs, read_footer};
 use super::repository::CONFIG_FILES;
 use super::storage::Storage;
 
@@ -29,9 +27,11 @@ pub fn scrub(storage: &dyn Storage, progress: &dyn Fn(u64, u64)) -> Result<Check
             Some(("verify", _)) => &[FileKind::Verified],
             Some(("idx", _)) => {
                 if let Some((_, id)) = segment::parse_file_name(name) {
-                    match hash_of(storage, name) {
+                    match unless_refused(hash_of(storage, name))? {
                         Ok(hash) if hash == *id.as_bytes() => {}
                         Ok(_) => found.file(name, "its hash is not its name"),
+                        // Removed since it was listed.
+                        Err(RepoError::Missing { .. }) => {}
                         Err(error) => found.fault(name, &error),
                     }
                 }
@@ -39,10 +39,12 @@ pub fn scrub(storage: &dyn Storage, progress: &dyn Fn(u64, u64)) -> Result<Check
             }
             _ => continue,
         };
-        let bytes = match storage.read(name, MAX_SMALL_FILE) {
+        let read = storage.read(name, MAX_SMALL_FILE);
+        let bytes = match unless_refused(read.map_err(RepoError::from))? {
             Ok(bytes) => bytes,
+            Err(RepoError::Missing { .. }) => continue,
             Err(error) => {
-                found.fault(name, &error.into());
+                found.fault(name, &error);
                 continue;
             }
         };
@@ -70,7 +72,7 @@ fn config(storage: &dyn Storage, found: &mut Checked) -> Result<Config, RepoErro
             .read(file, MAX_SMALL_FILE)
             .map_err(RepoError::from)
             .and_then(|bytes| Config::decode_keyless(&bytes).map_err(|e| e.in_file(file)));
-        match read {
+        match unless_refused(read)? {
             Ok(config) => good = good.or(Some(config)),
             Err(error) => {
                 found.fault(file, &error);
@@ -94,25 +96,18 @@ fn packs(
     progress: &dyn Fn(u64, u64),
 ) -> Result<(), RepoError> {
     let parity = list_parity(storage)?;
-    let mut packs = Vec::new();
-    let mut listed = BTreeMap::new();
-    for kind in [PackKind::Data, PackKind::Meta] {
-        for file in storage.list(kind.folder())? {
-            if let Some(pack) = kind.parse_file_name(&file.name) {
-                found.pack_bytes += file.len;
-                listed.insert((kind, pack), file.len);
-                packs.push((kind, pack, file));
-            }
-        }
-    }
+    let packs: BTreeMap<_, _> = list_packs(storage)?.into_iter().collect();
+    found.pack_bytes = packs.values().sum();
     let mut buffer = Vec::new();
-    for (kind, pack, file) in packs {
-        let footer = match read_footer(storage, config.uuid, kind, pack) {
+    for (name, len) in &packs {
+        let file = name.0.file_name(&name.1);
+        let footer = read_footer(storage, config.uuid, name.0, name.1);
+        let footer = match unless_refused(footer)? {
             Ok(footer) => footer,
             // Removed since it was listed.
             Err(RepoError::Missing { .. }) => continue,
             Err(error) => {
-                found.fault(&file.name, &error);
+                found.fault(&file, &error);
                 continue;
             }
         };
@@ -120,25 +115,26 @@ fn packs(
         let damaged = found.files_total;
         for entry in &footer.entries {
             buffer.resize(entry.len as usize, 0);
-            match storage.read_at(&file.name, entry.offset.into(), &mut buffer) {
+            let read = storage.read_at(&file, entry.offset.into(), &mut buffer);
+            match unless_refused(read.map_err(RepoError::from))? {
                 Ok(()) if short_sum(&buffer) == entry.sum => {}
                 Ok(()) => {
                     let what = "the record's checksum differs";
-                    let error = RepoError::corrupt(&file.name, entry.offset.into(), what);
-                    found.fault(&file.name, &error);
+                    let error = RepoError::corrupt(&file, entry.offset.into(), what);
+                    found.fault(&file, &error);
                 }
-                Err(error) => found.fault(&file.name, &error.into()),
+                Err(RepoError::Missing { .. }) => break,
+                Err(error) => found.fault(&file, &error),
             }
         }
         if found.files_total == damaged
-            && let Some(problem) = compare(storage, config.uuid, &(kind, pack))?
+            && let Some(problem) = compare(storage, config.uuid, name)?
         {
-            found.parity(&pack, problem);
+            found.parity(&name.1, problem);
         }
         found.read_packs += 1;
-        found.read_bytes += file.len;
+        found.read_bytes += len;
         progress(found.read_bytes, found.pack_bytes);
     }
-    let makes = Parity::new(config.parity).unwrap_or(Parity::NONE);
-    check_files(storage, config.uuid, makes, &parity, &listed, found)
+    check_files(storage, config.uuid, config.parity, &parity, &packs, found)
 }

@@ -87,6 +87,21 @@ fn whole_repository_is_whole_at_each_depth() {
 }
 
 #[test]
+fn file_that_a_prune_removes_beside_a_check_without_a_key_is_no_damage() {
+    let sample = sample();
+    for at in 1.. {
+        let storage = copy(&sample.storage);
+        let removing = FaultStorage::new(Arc::new(storage), at, Fault::Removed);
+        let found = scrub(&removing, &|_, _| {}).unwrap();
+        assert!(found.is_whole(), "at call {at}: {found:?}");
+        if removing.calls() < at {
+            assert!(at > 40, "{at}");
+            break;
+        }
+    }
+}
+
+#[test]
 fn flipped_bit_in_any_byte_of_any_file_is_reported_and_healed() {
     flip_each(&sample());
 }

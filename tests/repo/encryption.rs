@@ -9,7 +9,7 @@ use nbdbackup::repo::{
 
 use crate::support::*;
 
-fn password(text: &str) -> Secret {
+pub(crate) fn password(text: &str) -> Secret {
     Secret::password(text.as_bytes().to_vec()).unwrap()
 }
 
@@ -211,19 +211,34 @@ fn two_that_remove_each_others_keys_leave_one() {
     }
 }
 
+type KeyCommand = fn(&Repository) -> Result<(), RepoError>;
+
+/// The commands on keys, for whoever has opened with the password `old` of slot 1.
+pub(crate) const KEY_COMMANDS: [(&str, KeyCommand); 3] = [
+    ("add", |r| {
+        r.add_key(&password("new"), cheap(), None).map(drop)
+    }),
+    ("remove", |r| r.remove_key(1)),
+    ("change", |r| {
+        r.change_key(&password("new"), cheap(), None).map(drop)
+    }),
+];
+
+/// Checks which of the passwords `old` and `new` open after one of these, which said that it was done or was not.
+pub(crate) fn assert_opens(command: &str, done: bool, old: bool, new: bool, what: &str) {
+    match (command, done) {
+        ("add", true) => assert!(old && new, "{what}"),
+        ("remove", true) => assert!(!old, "{what}"),
+        ("change", true) => assert!(new && !old, "{what}"),
+        ("add", false) => assert!(old, "{what}"),
+        ("change", false) => assert!(old || new, "{what}"),
+        _ => {}
+    }
+}
+
 #[test]
 fn key_commands_that_die_at_any_call_lock_nobody_out() {
-    type Command = fn(&Repository) -> Result<(), RepoError>;
-    let commands: [(&str, Command); 3] = [
-        ("add", |r| {
-            r.add_key(&password("new"), cheap(), None).map(drop)
-        }),
-        ("remove", |r| r.remove_key(1)),
-        ("change", |r| {
-            r.change_key(&password("new"), cheap(), None).map(drop)
-        }),
-    ];
-    for (name, command) in commands {
+    for (name, command) in KEY_COMMANDS {
         for at in 1.. {
             let (storage, repo) = new_encrypted_repo();
             repo.add_key(&password("old"), cheap(), None).unwrap();
@@ -239,14 +254,7 @@ fn key_commands_that_die_at_any_call_lock_nobody_out() {
                     open(&after, &password("old")).is_ok(),
                     open(&after, &password("new")).is_ok(),
                 );
-                match (name, done) {
-                    ("add", true) => assert!(old && new, "{what}"),
-                    ("remove", true) => assert!(!old, "{what}"),
-                    ("change", true) => assert!(new && !old, "{what}"),
-                    ("add", false) => assert!(old, "{what}"),
-                    ("change", false) => assert!(old || new, "{what}"),
-                    _ => {}
-                }
+                assert_opens(name, done, old, new, &what);
                 // What was begun can be ended.
                 if name == "remove" && !done && numbers(&other).contains(&1) {
                     other.remove_key(1).unwrap();
@@ -371,7 +379,7 @@ fn sealed_bytes_are_what_the_page_on_the_format_says() {
     assert_eq!(frame[..4], [0x28, 0xb5, 0x2f, 0xfd], "a zstd frame");
 }
 
-fn cheap() -> PasswordCost {
+pub(crate) fn cheap() -> PasswordCost {
     PasswordCost::new(1 << 10, 1).unwrap()
 }
 

@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use nbdbackup::repo::{
-    MemoryStorage, PasswordCost, RepoError, Repository, Secret, Snapshot, SnapshotId, Storage,
+    CheckOptions, MemoryStorage, PasswordCost, RepoError, Repository, Secret, Snapshot, SnapshotId,
+    Storage,
 };
 
 use crate::prune::at_once;
@@ -248,6 +249,27 @@ fn reader_of_what_stays_never_notices_a_prune() {
     explore(rules(2), start, |storage, did, told| {
         base.check(storage, did, told)
     });
+}
+
+#[test]
+fn check_beside_a_prune_or_a_writer_finds_nothing_damaged() {
+    let base = base();
+    let disk = disk(&[3, 4, 5]);
+    let check: fn(Arc<Repository>) -> Did = |repo| {
+        let found = repo.check(&CheckOptions::default(), &|_, _| {}).unwrap();
+        assert!(found.is_whole(), "{found:?}");
+        assert!(found.strangers.is_empty(), "{found:?}");
+        Did::Ran
+    };
+    for writes in [false, true] {
+        let start = || {
+            let other = if writes { writer(&disk) } else { pruner() };
+            (base.copy(), vec![Box::new(check), other])
+        };
+        explore(some(2, 8), start, |storage, did, told| {
+            base.check(storage, did, told)
+        });
+    }
 }
 
 /// Locks that lie make every session look dead: it is fenced, at worst in the instant in which it commits.

@@ -377,13 +377,19 @@ fn copy_that_is_condemned_stays_once_the_other_one_is_found_damaged() {
     }
 }
 
+/// Stores two disks and forgets the first; returns both.
+fn one_of_two_is_forgotten(
+    repo: &Arc<Repository>,
+) -> ((SnapshotId, Vec<u8>), (SnapshotId, Vec<u8>)) {
+    let [gone, kept] = [noise(1, 4), noise(2, 4)].map(|d| (backup(repo, &d).unwrap().id, d));
+    repo.forget(&[gone.0], 1).unwrap();
+    (gone, kept)
+}
+
 #[test]
 fn prune_s_list_that_is_damaged_stops_backups_until_the_next_prune_and_loses_nothing() {
     let (storage, repo) = new_repo();
-    let (gone, kept) = (noise(1, 4), noise(2, 4));
-    let forgotten = backup(&repo, &gone).unwrap().id;
-    let id = backup(&repo, &kept).unwrap().id;
-    repo.forget(&[forgotten], 1).unwrap();
+    let ((forgotten, _), (id, kept)) = one_of_two_is_forgotten(&repo);
     let waited_for = repo.begin(&small_session()).unwrap();
     let open = || Repository::open(Arc::new(storage.clone())).unwrap();
     assert!(open().prune(&at_once()).unwrap().packs_waiting > 0);
@@ -406,10 +412,7 @@ fn prune_s_list_that_is_damaged_stops_backups_until_the_next_prune_and_loses_not
 #[test]
 fn prune_s_decision_that_is_damaged_is_made_again_once_it_is_removed_by_hand() {
     let (start, repo) = new_repo();
-    let (gone, kept) = (noise(1, 4), noise(2, 4));
-    let forgotten = backup(&repo, &gone).unwrap().id;
-    let id = backup(&repo, &kept).unwrap().id;
-    repo.forget(&[forgotten], 1).unwrap();
+    let ((_, gone), (id, kept)) = one_of_two_is_forgotten(&repo);
     start.barrier().unwrap();
     let mut decided = 0;
     for at in 1.. {

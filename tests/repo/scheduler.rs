@@ -96,14 +96,12 @@ fn run<T: Send + 'static>(
         let threads: Vec<_> = processes
             .into_iter()
             .zip(opened)
-            .enumerate()
-            .map(|(number, (process, repo))| {
+            .map(|(process, repo)| {
                 let scheduler = Arc::clone(&scheduler);
                 scope.spawn(move || {
                     let result = process(repo);
                     scheduler.lock().finished += 1;
                     scheduler.changed.notify_all();
-                    let _ = number;
                     result
                 })
             })

@@ -286,6 +286,8 @@ pub(crate) enum Fault {
     Once,
     /// Nothing that changed is made durable any more, and that is said.
     NoSync,
+    /// Nothing fails, but the file that is read then has just been removed.
+    Removed,
     /// Nothing fails, but from this call on nobody seems to hold what it holds.
     LocksLie,
     /// Nothing fails, but there are no locks, and by the storage's clock all was written so many seconds ago.
@@ -294,6 +296,9 @@ pub(crate) enum Fault {
 
 /// What a medium says that cannot read any more.
 pub(crate) const EIO: i32 = 5;
+
+/// What is there for good, and folders.
+const KEPT: [&str; 4] = ["config", "keys/", "tmp", FOLDERS];
 
 /// What stands for a name where all folders are synced.
 const FOLDERS: &str = "folders";
@@ -336,6 +341,12 @@ impl FaultStorage {
             Fault::Once if call == self.at => {
                 let eio = std::io::Error::from_raw_os_error(EIO);
                 return Err(StorageError::from_io("use", name, eio));
+            }
+            Fault::Removed if call == self.at && !KEPT.iter().any(|k| name.starts_with(k)) => {
+                return match self.inner.remove(name) {
+                    Ok(()) | Err(StorageError::Missing { .. }) => Ok(()),
+                    Err(other) => Err(other),
+                };
             }
             Fault::NoSync if call >= self.at && name == FOLDERS => std::io::ErrorKind::Other,
             _ => return Ok(()),
@@ -403,7 +414,7 @@ impl Storage for FaultStorage {
         match self.fault {
             Fault::LocksLie => Ok(Some(false)),
             Fault::NoLocks(_) => Ok(None),
-            Fault::Dead | Fault::NoRoom | Fault::Once | Fault::NoSync => self.inner.is_held(name),
+            _ => self.inner.is_held(name),
         }
     }
 

@@ -5,12 +5,12 @@ use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use super::process::{Process, tool};
 use super::program::{json_line, nbdbackup};
+use super::wait::until;
 
 /// A peer that serves exports on a Unix socket; killed when dropped.
 ///
@@ -110,11 +110,7 @@ impl Server {
 
     /// Waits until the server ends by itself.
     pub(crate) fn wait(&mut self) {
-        let end = Instant::now() + Duration::from_secs(60);
-        while self.child.try_wait().unwrap().is_none() {
-            assert!(Instant::now() < end, "the server stays");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        until("the server ends", || self.child.try_wait().unwrap());
     }
 
     /// Ends the server at once, as a crash would.

@@ -3,7 +3,7 @@
 use crate::cli::args::{Encryption, Global, Init};
 use crate::cli::{config, secret};
 use crate::engine::{Catalog, EngineError, InitRequest};
-use crate::repo::{Parity, PasswordCost, Secret, SecretKind};
+use crate::repo::{PasswordCost, Secret, SecretKind};
 use crate::report::Outcome;
 
 pub(super) async fn run(global: &Global, args: &Init) -> Result<Outcome, EngineError> {
@@ -16,7 +16,7 @@ pub(super) async fn run(global: &Global, args: &Init) -> Result<Outcome, EngineE
         chunk_bytes: args.chunk_size,
         compression,
         secret: secret_of(global, args)?,
-        parity: Parity::new(args.parity).unwrap_or_default(),
+        parity: args.parity,
     };
     Catalog::init(path, request).await.map(Outcome::Init)
 }

@@ -27,7 +27,7 @@ impl Check<'_> {
         }
         match generations::load(&**self.repo.storage(), self.repo.keys().mac()) {
             Ok(_) => {}
-            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+            Err(error) if error.is_refusal() => return Err(error),
             Err(error) => self.found.fault(file_of(&error, "gc/"), &error),
         }
         for file in self.repo.storage().list("")? {

@@ -52,7 +52,7 @@ impl Check<'_> {
                 }
                 // Merged and removed.
                 Err(RepoError::Missing { .. }) => {}
-                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+                Err(error) if error.is_refusal() => return Err(error),
                 Err(error) => {
                     whole = false;
                     self.found.fault(file, &error);
@@ -66,7 +66,7 @@ impl Check<'_> {
             Ok(says) => says,
             // A merge went on beside this; all that it wrote was hashed by whoever wrote it.
             Err(RepoError::Missing { .. }) => return Ok(IndexSays::default()),
-            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+            Err(error) if error.is_refusal() => return Err(error),
             Err(error) => {
                 self.found.fault("idx/", &error);
                 return Ok(IndexSays::default());

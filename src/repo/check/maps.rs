@@ -41,7 +41,7 @@ impl Check<'_> {
     ) -> Result<HashSet<Prefix>, RepoError> {
         let mut missing = HashSet::new();
         let mut not_indexed: HashSet<PackName> = HashSet::new();
-        let mut merged = packs.index.entries()?;
+        let mut merged = packs.scratch.index.entries()?;
         let mut next = merged.next()?;
         let mut needed = needed.iter()?;
         while let Some(id) = needed.next()? {
@@ -122,7 +122,7 @@ impl Walk<'_, '_> {
         }
         let loaded = match self.check.repo.nodes().load(node, level) {
             Ok(loaded) => loaded,
-            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+            Err(error) if error.is_refusal() => return Err(error),
             // Named with its range later.
             Err(_) => return Ok(()),
         };
@@ -167,7 +167,7 @@ impl Naming<'_, '_> {
         }
         let loaded = match self.check.repo.nodes().load(node, level) {
             Ok(loaded) => loaded,
-            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+            Err(error) if error.is_refusal() => return Err(error),
             Err(error) => {
                 tracing::error!(%error, "a map node is lost");
                 let chunks = first..first.saturating_add(span_of(level));

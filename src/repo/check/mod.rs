@@ -253,7 +253,7 @@ impl Check<'_> {
         for gone in &list.forgotten {
             match self.repo.snapshot(&gone.snapshot.id) {
                 Ok(_) | Err(RepoError::NoSuchSnapshot { .. }) => {}
-                Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+                Err(error) if error.is_refusal() => return Err(error),
                 Err(error) => {
                     self.found
                         .fault(snapshot::file_name(&gone.snapshot.id), &error);

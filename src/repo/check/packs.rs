@@ -1,25 +1,20 @@
 //! The packs: their footers, a second index made of these, and the records themselves.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
-use tempfile::TempDir;
-
 use super::{Check, compare};
 use crate::repo::chunk::Place;
-use crate::repo::error::RepoError;
+use crate::repo::error::{RepoError, unless_refused};
 use crate::repo::format::generation::PackName;
 use crate::repo::format::pack::{FooterEntry, PackKind};
 use crate::repo::format::segment::{SegmentEntry, prefix_of};
-use crate::repo::index::Index;
-use crate::repo::pack::{Footer, read_footer};
-use crate::repo::rebuild::{SEGMENT_ENTRIES, add_all};
+use crate::repo::pack::{Footer, list_packs, read_footer};
+use crate::repo::rebuild::{Gather, Scratch};
 use crate::repo::repository::Repository;
 use crate::repo::snapshot::Snapshot;
-use crate::repo::storage::LocalStorage;
 use crate::repo::verified::Journal;
 use crate::repo::verify::{RecordBuffers, read_verified};
 
@@ -30,9 +25,8 @@ pub(super) struct Packs {
     pub(super) listed: BTreeMap<PackName, u64>,
     /// Slots whose records were read now and are damaged.
     pub(super) damaged: HashSet<(PackKind, crate::repo::ids::PackId, u32)>,
-    /// An index of all their records, in a folder of its own.
-    pub(super) index: Index,
-    _folder: TempDir,
+    /// An index of all their records.
+    pub(super) scratch: Scratch,
 }
 
 /// What is known of a pack.
@@ -40,6 +34,25 @@ pub(super) struct Packs {
 pub(super) struct Pack {
     pub(super) len: u64,
     pub(super) digest: Digest,
+}
+
+impl Pack {
+    fn of(footer: &Footer) -> Self {
+        let mut digest = Digest::default();
+        for entry in &footer.entries {
+            digest.add(&SegmentEntry {
+                prefix: prefix_of(&entry.id),
+                pack: 0,
+                offset: entry.offset,
+                len: entry.len,
+                flags: entry.flags.0,
+            });
+        }
+        Self {
+            len: footer.len,
+            digest,
+        }
+    }
 }
 
 /// A hash of a set of index entries, whatever their order.
@@ -63,82 +76,43 @@ impl Digest {
 impl Packs {
     /// Reads all footers.
     pub(super) fn read(check: &mut Check<'_>, snapshots: &[Snapshot]) -> Result<Self, RepoError> {
-        let temporary = |e| RepoError::io("make a temporary folder", e);
-        let folder = tempfile::tempdir().map_err(temporary)?;
-        let storage = LocalStorage::create(folder.path())?;
         let mut packs = Self {
             whole: HashMap::new(),
-            listed: BTreeMap::new(),
+            listed: list_packs(&**check.repo.storage())?.into_iter().collect(),
             damaged: HashSet::new(),
-            index: Index::new(Arc::new(storage)),
-            _folder: folder,
+            scratch: Scratch::new()?,
         };
         // What snapshots say of packs stands under their MAC.
         let mut written: HashMap<PackName, [u8; 32]> = HashMap::new();
         for pack in snapshots.iter().flat_map(|s| &s.packs) {
             written.insert((pack.kind, pack.id), pack.footer_hash);
         }
-        let mut entries: Vec<SegmentEntry> = Vec::new();
-        let mut table: Vec<PackName> = Vec::new();
-        for kind in [PackKind::Data, PackKind::Meta] {
-            for file in check.repo.storage().list(kind.folder())? {
-                let Some(pack) = kind.parse_file_name(&file.name) else {
-                    continue;
-                };
-                let name = (kind, pack);
-                packs.listed.insert(name, file.len);
-                let footer = read_footer(&**check.repo.storage(), check.repo.uuid(), kind, pack);
-                let footer = footer.and_then(|f| as_written(f, written.get(&name), &file.name));
-                match footer {
-                    Ok(footer) => {
-                        let number = table.len() as u32;
-                        table.push(name);
-                        add_all(&mut entries, number, &footer);
-                        packs.add(check, name, &footer);
-                    }
-                    // Removed since it was listed.
-                    Err(RepoError::Missing { .. }) => continue,
-                    Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => {
-                        return Err(error);
-                    }
-                    // Known, and no damage unless a snapshot needs it.
-                    Err(_) if check.bad.is_whole(&name) => {}
-                    Err(error) => {
-                        check.found.fault(&file.name, &error);
-                        check.marks.add_whole(name);
-                        check.marked_packs.insert(name);
-                    }
+        let mut gather = Gather::into(&packs.scratch.index);
+        for name in packs.listed.keys() {
+            let file = name.0.file_name(&name.1);
+            let footer = read_footer(&**check.repo.storage(), check.repo.uuid(), name.0, name.1);
+            let footer = footer.and_then(|f| as_written(f, written.get(name), &file));
+            match unless_refused(footer)? {
+                Ok(footer) => {
+                    gather.add(*name, &footer)?;
+                    let pack = Pack::of(&footer);
+                    check.found.packs += 1;
+                    check.found.pack_bytes += pack.len;
+                    packs.whole.insert(*name, pack);
                 }
-                if entries.len() >= SEGMENT_ENTRIES {
-                    packs.index.add(std::mem::take(&mut entries), &table)?;
-                    table.clear();
+                // Removed since it was listed.
+                Err(RepoError::Missing { .. }) => {}
+                // Known, and no damage unless a snapshot needs it.
+                Err(_) if check.bad.is_whole(name) => {}
+                Err(error) => {
+                    check.found.fault(&file, &error);
+                    check.marks.add_whole(*name);
+                    check.marked_packs.insert(*name);
                 }
             }
         }
-        if !entries.is_empty() {
-            packs.index.add(entries, &table)?;
-        }
+        gather.finish()?;
         Ok(packs)
-    }
-
-    fn add(&mut self, check: &mut Check<'_>, name: PackName, footer: &Footer) {
-        let mut digest = Digest::default();
-        for entry in &footer.entries {
-            digest.add(&SegmentEntry {
-                prefix: prefix_of(&entry.id),
-                pack: 0,
-                offset: entry.offset,
-                len: entry.len,
-                flags: entry.flags.0,
-            });
-        }
-        check.found.packs += 1;
-        check.found.pack_bytes += footer.len;
-        let pack = Pack {
-            len: footer.len,
-            digest,
-        };
-        self.whole.insert(name, pack);
     }
 
     /// Whether a record may be counted on.
@@ -284,7 +258,7 @@ impl Reading<'_> {
             Ok(footer) => footer,
             // A prune removed it meanwhile.
             Err(RepoError::Missing { .. }) => return Ok(()),
-            Err(error @ RepoError::Io { .. }) if !error.is_bad_medium() => return Err(error),
+            Err(error) if error.is_refusal() => return Err(error),
             Err(error) => {
                 let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
                 found.unreadable.push((*name, error));

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use super::{Checked, DamagedFile};
-use crate::repo::error::RepoError;
+use crate::repo::error::{RepoError, unless_refused};
 use crate::repo::format::generation::PackName;
 use crate::repo::format::pack::{PackHeader, PackKind};
 use crate::repo::format::parity::{FOLDER, file_name, parse_file_name};
 use crate::repo::ids::{PackId, RepoUuid};
-use crate::repo::parity::{Parity, Shards, passing, read_any_header, read_header};
+use crate::repo::parity::{Parity, Shards, read_any_header, read_header};
 use crate::repo::storage::{Storage, StorageError};
 
 impl Checked {
@@ -47,7 +47,7 @@ pub(crate) fn check_files(
         let name = [PackKind::Data, PackKind::Meta].map(|kind| (kind, *id));
         let pack = name.iter().find_map(|name| packs.get_key_value(name));
         let header = read_any_header(storage, repo, &file_name(id));
-        let problem = match (passing(header)?, pack) {
+        let problem = match (unless_refused(header)?, pack) {
             // Removed with its pack since it was listed.
             (Err(RepoError::Missing { .. }), _) => continue,
             (_, None) if gone_for_good(storage, id)? => "it belongs to no pack".to_owned(),
@@ -101,7 +101,7 @@ pub(crate) fn compare(
 ) -> Result<Option<String>, RepoError> {
     let shards =
         read_header(storage, repo, name).and_then(|header| Shards::read(storage, header, true));
-    Ok(match passing(shards)? {
+    Ok(match unless_refused(shards)? {
         Ok(shards) => match shards.lost() {
             0 => None,
             lost => Some(format!("{lost} of its parts do not have their sums")),
@@ -129,7 +129,9 @@ pub(crate) fn tell_what_mends(
             None => {
                 let shards = read_header(storage, repo, &name)
                     .and_then(|header| Shards::read(storage, header, false));
-                let enough = passing(shards)?.ok().map(|shards| shards.is_enough());
+                let enough = unless_refused(shards)?
+                    .ok()
+                    .map(|shards| shards.is_enough());
                 known.insert(name, enough);
                 enough
             }

@@ -2,7 +2,6 @@
 
 use super::cursor::Cursor;
 use super::envelope::{self, PAYLOAD_AT};
-use super::parity::MAX_PARITY;
 use super::tlv::{TlvWriter, once, read_tlvs, required};
 use super::{DecodeError, FileKind};
 use crate::repo::chunk::ChunkSize;
@@ -10,6 +9,7 @@ use crate::repo::cipher::Encryption;
 use crate::repo::compress::Compression;
 use crate::repo::error::RepoError;
 use crate::repo::ids::RepoUuid;
+use crate::repo::parity::Parity;
 
 /// What `config` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,8 +19,8 @@ pub(crate) struct Config {
     pub(crate) chunk_size: ChunkSize,
     pub(crate) compression: Compression,
     pub(crate) encryption: Encryption,
-    /// How many lost parts of each pack parity makes up for; 0 where packs have none.
-    pub(crate) parity: u8,
+    /// How many lost parts of each pack its parity makes up for.
+    pub(crate) parity: Parity,
 }
 
 impl Config {
@@ -29,7 +29,7 @@ impl Config {
         chunk_size: ChunkSize,
         compression: Compression,
         encryption: Encryption,
-        parity: u8,
+        parity: Parity,
     ) -> Result<Self, RepoError> {
         Ok(Self {
             features: Features::of(encryption),
@@ -53,8 +53,8 @@ impl Config {
         compression.extend_from_slice(&level.to_le_bytes());
         tlv.put(TAG_COMPRESSION, &compression)?;
         // Absent as in repositories that were made before there was parity.
-        if self.parity > 0 {
-            tlv.put(TAG_PARITY, &[self.parity])?;
+        if self.parity != Parity::NONE {
+            tlv.put(TAG_PARITY, &[self.parity.shards()])?;
         }
         envelope::wrap(FileKind::Config, &tlv.finish(), Some(mac_key))
             .map_err(|e| e.in_file("config"))
@@ -97,10 +97,9 @@ impl Config {
                 }
                 TAG_PARITY => {
                     let most = tlv.u8("parity")?;
-                    if most > MAX_PARITY {
-                        return Err(DecodeError::unsupported(format!("{most} parity shards")));
-                    }
-                    once(&mut parity, most, &tlv)?;
+                    let known = Parity::new(most)
+                        .ok_or_else(|| DecodeError::unsupported(format!("{most} parity shards")))?;
+                    once(&mut parity, known, &tlv)?;
                 }
                 _ => {}
             }
@@ -120,7 +119,7 @@ impl Config {
             chunk_size: required(chunk, PAYLOAD_AT, "chunk size")?,
             compression: required(compression, PAYLOAD_AT, "compression")?,
             encryption,
-            parity: parity.unwrap_or(0),
+            parity: parity.unwrap_or(Parity::NONE),
         })
     }
 }
@@ -202,7 +201,7 @@ mod tests {
             chunk_size: ChunkSize::default(),
             compression: Compression::Zstd { level: -3 },
             encryption: Encryption::Aes256Gcm,
-            parity: 4,
+            parity: Parity::default(),
         }
     }
 

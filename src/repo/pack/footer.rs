@@ -1,6 +1,7 @@
-//! Reading the footer of a published pack, checked against its header, hash and name.
+//! Published packs: which there are, and the footer of one, checked against its header, hash and name.
 
 use super::super::error::RepoError;
+use super::super::format::generation::PackName;
 use super::super::format::pack::{FooterEntry, PackHeader, PackKind, PackTrailer, decode_footer};
 use super::super::ids::{PackId, RepoUuid};
 use super::super::storage::Storage;
@@ -13,6 +14,20 @@ pub(crate) struct Footer {
     /// The hash of header and footer.
     pub(crate) hash: [u8; 32],
     pub(crate) entries: Vec<FooterEntry>,
+}
+
+/// Lists all packs with their lengths.
+pub(crate) fn list_packs(storage: &dyn Storage) -> Result<Vec<(PackName, u64)>, RepoError> {
+    let mut packs = Vec::new();
+    for kind in [PackKind::Data, PackKind::Meta] {
+        for file in storage.list(kind.folder())? {
+            packs.extend(
+                kind.parse_file_name(&file.name)
+                    .map(|id| ((kind, id), file.len)),
+            );
+        }
+    }
+    Ok(packs)
 }
 
 /// Reads the footer of a pack of this repository; three small reads.

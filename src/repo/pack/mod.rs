@@ -23,7 +23,7 @@ use super::snapshot::WrittenPack;
 use super::storage::{NewFile, Storage};
 use sealer::Sealer;
 
-pub(crate) use footer::{Footer, read_footer};
+pub(crate) use footer::{Footer, list_packs, read_footer};
 
 /// The packs of one session: two are open, one for chunks and one for map nodes.
 ///

@@ -11,6 +11,7 @@ use crate::repo::format::generation::{Condemned, PackName, Sweep};
 use crate::repo::format::pack::{FooterEntry, MAX_RECORDS, PackHeader, PackKind, PackTrailer};
 use crate::repo::generations::Generations;
 use crate::repo::ids::SnapshotId;
+use crate::repo::pack;
 use crate::repo::presence::{OpenSession, open_sessions};
 use crate::repo::repository::Repository;
 use crate::repo::snapshot::Snapshot;
@@ -380,15 +381,7 @@ fn over(
 
 /// Lists all packs with their lengths.
 pub(super) fn list_packs(repo: &Repository) -> Result<HashMap<PackName, u64>, RepoError> {
-    let mut packs = HashMap::new();
-    for kind in [PackKind::Data, PackKind::Meta] {
-        for file in repo.storage().list(kind.folder())? {
-            if let Some(pack) = kind.parse_file_name(&file.name) {
-                packs.insert((kind, pack), file.len);
-            }
-        }
-    }
-    Ok(packs)
+    Ok(pack::list_packs(&**repo.storage())?.into_iter().collect())
 }
 
 /// Whether a pack is there and long enough to hold a record.

@@ -22,6 +22,8 @@ pub struct LocalStorage {
     root: PathBuf,
     folders: Arc<Folders>,
     open: Arc<Mutex<OpenFiles>>,
+    /// Whether anything is made durable.
+    durable: bool,
 }
 
 impl LocalStorage {
@@ -41,8 +43,15 @@ impl LocalStorage {
                 syncing: Mutex::new(()),
             }),
             open: Arc::default(),
+            durable: true,
             root,
         })
+    }
+
+    /// Uses a directory whose files nobody wants after a power failure: nothing is made durable.
+    pub(crate) fn temporary(root: impl Into<PathBuf>) -> Result<Self, StorageError> {
+        let durable = false;
+        Self::open(root).map(|storage| Self { durable, ..storage })
     }
 
     /// Uses a directory and makes it first when it is not there.
@@ -116,6 +125,7 @@ impl LocalStorage {
                 path,
                 folders: Arc::clone(&self.folders),
                 open: Arc::clone(&self.open),
+                durable: self.durable,
                 published: false,
             });
         }
@@ -213,7 +223,10 @@ impl Storage for LocalStorage {
     }
 
     fn barrier(&self) -> Result<(), StorageError> {
-        self.folders.sync()
+        match self.durable {
+            true => self.folders.sync(),
+            false => Ok(()),
+        }
     }
 
     fn hold(&self, name: &str) -> Result<Box<dyn Hold>, StorageError> {
@@ -289,6 +302,7 @@ struct LocalFile {
     path: PathBuf,
     folders: Arc<Folders>,
     open: Arc<Mutex<OpenFiles>>,
+    durable: bool,
     published: bool,
 }
 
@@ -312,15 +326,16 @@ impl NewFile for LocalFile {
 }
 
 impl LocalFile {
-    /// Makes the content durable and moves the file to its name.
+    /// Makes the content durable, where anything is, and moves the file to its name.
     fn put(
         mut self,
         name: &str,
         rename: impl Fn(&Path, &Path) -> io::Result<()>,
     ) -> Result<(), StorageError> {
-        self.file
-            .sync_all()
-            .map_err(|e| StorageError::from_io("sync", name, e))?;
+        if self.durable {
+            let synced = self.file.sync_all();
+            synced.map_err(|e| StorageError::from_io("sync", name, e))?;
+        }
         let target = self.folders.root.join(name);
         let moved = match rename(&self.path, &target) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {

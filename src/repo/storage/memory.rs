@@ -27,9 +27,9 @@ impl MemoryStorage {
     }
 
     /// Makes a place that holds one file.
-    pub(crate) fn holding(name: &str, bytes: Vec<u8>) -> Self {
+    pub(crate) fn holding(name: &str, bytes: Arc<Vec<u8>>) -> Self {
         let new = Self::new();
-        new.lock().files.insert(name.to_owned(), Arc::new(bytes));
+        new.lock().files.insert(name.to_owned(), bytes);
         new
     }
 

@@ -2,7 +2,6 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use super::{SIZE, backs_up_whole, restores_into};
 use crate::support::certificates::Authority;
@@ -10,6 +9,7 @@ use crate::support::lab::Lab;
 use crate::support::process::{signal, tool};
 use crate::support::program::number;
 use crate::support::server::{nbdinfo, uri};
+use crate::support::wait::until;
 
 /// A running nbd-server with one export, `vda`; ended when dropped.
 struct NbdServer {
@@ -32,19 +32,11 @@ impl NbdServer {
         std::fs::write(&configuration, text).unwrap();
         // It becomes a daemon, writes its id and listens.
         tool("nbd-server", &["-C", &configuration, "-p", &pid]);
-        let end = Instant::now() + Duration::from_secs(30);
-        let id = loop {
+        let id = until("nbd-server writes its process id", || {
             let written = std::fs::read_to_string(&pid).unwrap_or_default();
-            if let Some(id) = written.strip_suffix('\n') {
-                break id.parse().unwrap();
-            }
-            assert!(Instant::now() < end, "no process id in {pid}");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        while UnixStream::connect(&socket).is_err() {
-            assert!(Instant::now() < end, "{socket} is not served");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+            written.strip_suffix('\n').map(|id| id.parse().unwrap())
+        });
+        until("nbd-server serves", || UnixStream::connect(&socket).ok());
         Self { id, socket }
     }
 
