@@ -1,6 +1,7 @@
 //! A file that takes room while there is some, so that a full disk has room for the lists of what a prune removes.
 
 use super::error::RepoError;
+use super::ids::random_bytes;
 use super::repository::{Repository, create};
 use super::storage::StorageError;
 
@@ -15,9 +16,10 @@ impl Repository {
             Err(StorageError::Missing { .. }) => {}
             Err(other) => return Err(other.into()),
         }
-        // Some file systems store nothing for zeros.
+        // Some file systems store nothing for zeros, or little for what repeats.
         let mut noise = vec![0; RESERVE_BYTES];
-        getrandom::fill(&mut noise).map_err(|e| RepoError::io("draw random bytes", e.into()))?;
+        let seed = blake3::Hasher::new_keyed(&random_bytes()?);
+        seed.finalize_xof().fill(&mut noise);
         while noise.len() >= LEAST_BYTES {
             match create(&**self.storage(), RESERVE, &noise) {
                 Ok(()) | Err(RepoError::NotEmpty { .. }) => return Ok(()),
