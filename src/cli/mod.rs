@@ -42,6 +42,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli, reporter: &std::sync::Arc<Reporter>) -> Result<Outcome, Failure> {
+    enough_files()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -60,6 +61,17 @@ fn run(cli: Cli, reporter: &std::sync::Arc<Reporter>) -> Result<Outcome, Failure
     // What still runs after a signal or an error only has to let go of its files.
     runtime.shutdown_timeout(Duration::from_secs(5));
     outcome
+}
+
+/// Opens as many files as the runtime starts with, and lets go of them: without them tokio panics.
+fn enough_files() -> Result<(), Failure> {
+    const OF_A_START: usize = 8;
+    let open = |_| std::fs::File::open("/dev/null");
+    let opened: std::io::Result<Vec<_>> = (0..OF_A_START).map(open).collect();
+    opened.map(drop).map_err(|error| Failure {
+        hint: Some("raise the limit of open files: ulimit -n, or LimitNOFILE= in a unit"),
+        ..Failure::internal(format!("cannot open the files that a start needs: {error}"))
+    })
 }
 
 fn no_signals(error: std::io::Error) -> Failure {
