@@ -1,9 +1,12 @@
 //! Disk images as files: which format one has, and writing one through `qemu-img`.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Stdio;
+
+use rustix::fs::OFlags;
 
 use super::error::QemuError;
 
@@ -38,7 +41,7 @@ impl ImageFormat {
             source,
         };
         let mut head = Vec::new();
-        File::open(path)
+        open_image(path)
             .map_err(image)?
             .take(HEAD)
             .read_to_end(&mut head)
@@ -63,6 +66,22 @@ impl ImageFormat {
                 found,
             })
         }
+    }
+}
+
+/// Opens an image to read it.
+///
+/// # Errors
+/// When the system refuses, or it is neither a file nor a block device; a pipe is not waited for.
+pub fn open_image(path: &Path) -> io::Result<File> {
+    let image = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)?;
+    let kind = image.metadata()?.file_type();
+    match kind.is_file() || kind.is_block_device() {
+        true => Ok(image),
+        false => Err(io::Error::other("it is neither a file nor a block device")),
     }
 }
 

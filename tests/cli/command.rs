@@ -96,6 +96,23 @@ fn source_out_of_reach_is_20_and_worth_a_retry() {
 }
 
 #[test]
+fn source_that_is_no_disk_is_20_and_not_waited_for() {
+    let lab = Lab::new();
+    let (pipe, folder) = (lab.file("pipe.raw"), lab.file("folder.raw"));
+    tool("mkfifo", &[&pipe]);
+    std::fs::create_dir(&folder).unwrap();
+    for source in [&pipe, &folder, "/dev/zero"] {
+        for command in [&["full", source][..], &["full", source, "--format", "raw"]] {
+            let error = lab.run(command).error(20);
+            let message = text(&error, "message");
+            assert!(message.contains("neither a file nor"), "{message}");
+            assert!(message.contains(source), "{message}");
+        }
+    }
+    assert!(lab.snapshots().is_empty());
+}
+
+#[test]
 fn source_that_hangs_up_or_speaks_something_else_is_20() {
     let lab = Lab::new();
     for words in [

@@ -11,12 +11,12 @@ use crate::prune::{at_once, noise};
 use crate::support::*;
 use crate::sweeps::{assert_recovers, fail_at_each};
 
-const FAULTS: [Fault; 2] = [Fault::Once, Fault::NoSync];
+const FAULTS: [Fault; 3] = [Fault::Once, Fault::Refused, Fault::NoSync];
 
 /// Fails when an error says something that is not so.
 fn assert_told<T>(result: &Result<T, RepoError>, what: &str) {
     match result {
-        Ok(_) | Err(RepoError::Io { .. } | RepoError::Lost { .. }) => {}
+        Ok(_) | Err(RepoError::Io { .. } | RepoError::NoRoom { .. } | RepoError::Lost { .. }) => {}
         Err(other) => panic!("{what}: {other:?}"),
     }
 }
@@ -118,16 +118,18 @@ fn refused_call_of_a_restore_gives_the_right_bytes_or_an_error() {
             repo.snapshots()
                 .map(|list| (read, list.snapshots.len(), list.unreadable.len()))
         };
-        let (calls, _) = fail_at_each(&start, Fault::Once, read, |storage, result, what| {
-            assert_told(result, what);
-            if let Ok((read, there, unreadable)) = result {
-                assert!(*read == disk, "{what}: wrong data");
-                assert_eq!(there + unreadable, 1, "{what}: a snapshot is hidden");
-            }
-            assert!(restore(&open(storage), &id).unwrap() == disk, "{what}");
-        });
-        println!("restore, Once: {calls} calls");
-        assert!(calls > 15, "{calls}");
+        for fault in [Fault::Once, Fault::Refused] {
+            let (calls, _) = fail_at_each(&start, fault, read, |storage, result, what| {
+                assert_told(result, what);
+                if let Ok((read, there, unreadable)) = result {
+                    assert!(*read == disk, "{what}: wrong data");
+                    assert_eq!(there + unreadable, 1, "{what}: a snapshot is hidden");
+                }
+                assert!(restore(&open(storage), &id).unwrap() == disk, "{what}");
+            });
+            println!("restore, {fault:?}: {calls} calls");
+            assert!(calls > 15, "{calls}");
+        }
     }
 }
 

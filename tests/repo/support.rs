@@ -282,8 +282,10 @@ pub(crate) enum Fault {
     Dead,
     /// Writing finds no room any more; the rest works.
     NoRoom,
-    /// This one call fails.
+    /// This one call fails, as where a sector is bad.
     Once,
+    /// This one call is refused, as by a quota, or by a share that is gone or may only be read.
+    Refused,
     /// Nothing that changed is made durable any more, and that is said.
     NoSync,
     /// Nothing fails, but the file that is read then has just been removed.
@@ -296,6 +298,9 @@ pub(crate) enum Fault {
 
 /// What a medium says that cannot read any more.
 pub(crate) const EIO: i32 = 5;
+
+/// Why a write is refused: EROFS, EDQUOT; and any other call: ESTALE, ETIMEDOUT, EACCES.
+const REFUSALS: [&[i32]; 2] = [&[30, 122], &[116, 110, 13]];
 
 /// What is there for good, and folders.
 const KEPT: [&str; 4] = ["config", "keys/", "tmp", FOLDERS];
@@ -341,6 +346,12 @@ impl FaultStorage {
             Fault::Once if call == self.at => {
                 let eio = std::io::Error::from_raw_os_error(EIO);
                 return Err(StorageError::from_io("use", name, eio));
+            }
+            Fault::Refused if call == self.at => {
+                let errors = REFUSALS[usize::from(!writes)];
+                let error = errors[call as usize % errors.len()];
+                let refusal = std::io::Error::from_raw_os_error(error);
+                return Err(StorageError::from_io("use", name, refusal));
             }
             Fault::Removed if call == self.at && !KEPT.iter().any(|k| name.starts_with(k)) => {
                 return match self.inner.remove(name) {

@@ -1,10 +1,11 @@
-//! The program where the system refuses: too few open files, files that may not grow, and folders that may not be written.
+//! The program where the system refuses: too few open files, files that may not grow, folders that may not be written, and
+//! what is no file where one should be.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 
-use nbdbackup::repo::{CheckOptions, LocalStorage, Repository};
+use nbdbackup::repo::{CheckOptions, LocalStorage, Repository, Storage};
 
 use crate::prune::noise;
 
@@ -126,6 +127,47 @@ fn files_that_may_not_grow_are_told_and_nothing_is_lost() {
 }
 
 #[test]
+fn folder_or_pipe_in_the_place_of_any_file_stops_and_hangs_nothing_but_what_needs_that_file() {
+    let place = Place::new();
+    let disk = noise(1, 40);
+    let storage = LocalStorage::open(place.path("repo")).unwrap();
+    let files = Storage::list(&storage, "").unwrap();
+    std::fs::create_dir(place.path("repo/tmp/folder")).unwrap();
+    for (file, kind) in files.iter().flat_map(|f| [(f, "mkdir"), (f, "mkfifo")]) {
+        let path = place.path("repo").join(&file.name);
+        let aside = place.path("aside");
+        std::fs::rename(&path, &aside).unwrap();
+        assert!(Command::new(kind).arg(&path).status().unwrap().success());
+        for command in ["snapshots", COMMANDS[1], "check --read-data"] {
+            let what = format!("{kind} {}, {command}", file.name);
+            // What hangs is ended by a signal, and so is not told.
+            let output = place.run("exec timeout --signal KILL 60", command);
+            place.assert_told(&output, &[0, 1, 13], &what);
+            if command == COMMANDS[1] && output.status.success() {
+                assert!(
+                    std::fs::read(place.path("restored.raw")).unwrap() == disk,
+                    "{what}"
+                );
+            }
+            let named = String::from_utf8_lossy(&output.stdout).contains(&file.name);
+            let told = named || !output.status.success();
+            let checked = command.starts_with("check");
+            // The reserve is room and nothing else, and the latest snapshot's file, gone without a trace, is not missed.
+            let unseen =
+                file.name == "reserve" || kind == "mkdir" && file.name.starts_with("snap/");
+            assert!(told || unseen || !checked, "{what}: {output:?}");
+        }
+        match kind {
+            "mkdir" => std::fs::remove_dir(&path).unwrap(),
+            _ => std::fs::remove_file(&path).unwrap(),
+        }
+        std::fs::rename(&aside, &path).unwrap();
+    }
+    place.is_whole("all is back");
+    place.works(COMMANDS[0]);
+}
+
+#[test]
 fn repository_that_may_only_be_read_is_read_and_everything_else_is_told() {
     let place = Place::new();
     let id = {
@@ -153,7 +195,7 @@ fn repository_that_may_only_be_read_is_read_and_everything_else_is_told() {
     };
     let files = || {
         let storage = LocalStorage::open(place.path("repo")).unwrap();
-        let mut files = nbdbackup::repo::Storage::list(&storage, "").unwrap();
+        let mut files = Storage::list(&storage, "").unwrap();
         files.sort_by(|a, b| a.name.cmp(&b.name));
         files
     };

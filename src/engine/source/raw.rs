@@ -13,6 +13,7 @@ use rustix::io::Errno;
 
 use crate::nbd::server::{ExportSource, NbdError, SourceRead};
 use crate::nbd::session::Extent;
+use crate::qemu::open_image;
 use crate::range::ByteRange;
 
 /// A file or block device that is read, and never written.
@@ -23,10 +24,7 @@ pub(super) struct RawExport {
 
 impl RawExport {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let mut file = File::open(path)?;
-        if file.metadata()?.is_dir() {
-            return Err(io::ErrorKind::IsADirectory.into());
-        }
+        let mut file = open_image(path)?;
         // A block device has no length in its metadata, but an end.
         let size_bytes = file.seek(SeekFrom::End(0))?;
         Ok(Self {

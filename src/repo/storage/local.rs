@@ -1,13 +1,13 @@
 //! A repository in a local directory: written aside, synced, then renamed to its name without replacing.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use super::super::ids::to_hex;
@@ -75,11 +75,21 @@ impl LocalStorage {
         if let Some(file) = lock(&self.open).find(name) {
             return Ok(file);
         }
-        let file = File::open(self.path(name))
-            .map(Arc::new)
-            .map_err(|e| StorageError::from_io("open", name, e))?;
+        let (file, _) = self.open_file(name)?;
+        let file = Arc::new(file);
         lock(&self.open).add(name, &file);
         Ok(file)
+    }
+
+    /// Opens a file to read it, and tells its length; a pipe or device in its place is never waited for.
+    fn open_file(&self, name: &str) -> Result<(File, u64), StorageError> {
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+            .open(self.path(name));
+        let file = opened.map_err(|e| StorageError::from_io("open", name, e))?;
+        let len = len_of_file(name, file.metadata())?;
+        Ok((file, len))
     }
 
     /// Makes a file in `tmp/` that is locked by this process.
@@ -138,12 +148,7 @@ impl Storage for LocalStorage {
     }
 
     fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, StorageError> {
-        let file =
-            File::open(self.path(name)).map_err(|e| StorageError::from_io("open", name, e))?;
-        let len = file
-            .metadata()
-            .map_err(|e| StorageError::from_io("look at", name, e))?
-            .len();
+        let (file, len) = self.open_file(name)?;
         let too_long = || StorageError::TooLong {
             name: name.to_owned(),
             limit,
@@ -161,9 +166,7 @@ impl Storage for LocalStorage {
     }
 
     fn len(&self, name: &str) -> Result<u64, StorageError> {
-        fs::metadata(self.path(name))
-            .map(|m| m.len())
-            .map_err(|e| StorageError::from_io("look at", name, e))
+        len_of_file(name, fs::metadata(self.path(name)))
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<FileInfo>, StorageError> {
@@ -268,10 +271,13 @@ impl Storage for LocalStorage {
             let shown = path.display().to_string();
             let file = match open_to_lock(&path) {
                 Ok(file) => file,
-                // Gone by now, or another user's, who sweeps it.
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => continue,
-                Err(e) => return Err(StorageError::from_io("open", &shown, e)),
+                Err(e) => match e.kind() {
+                    // Gone by now, or another user's, who sweeps it, or nothing that a writer leaves.
+                    io::ErrorKind::NotFound
+                    | io::ErrorKind::PermissionDenied
+                    | io::ErrorKind::IsADirectory => continue,
+                    _ => return Err(StorageError::from_io("open", &shown, e)),
+                },
             };
             match file.try_lock() {
                 Ok(()) => {}
@@ -469,6 +475,17 @@ fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
+/// The length of what should be a file.
+fn len_of_file(name: &str, found: io::Result<Metadata>) -> Result<u64, StorageError> {
+    let found = found.map_err(|e| StorageError::from_io("look at", name, e))?;
+    match found.is_file() {
+        true => Ok(found.len()),
+        false => Err(StorageError::NoFile {
+            name: name.to_owned(),
+        }),
+    }
+}
+
 fn read_exact_at(file: &File, name: &str, buf: &mut [u8], at: u64) -> Result<(), StorageError> {
     match file.read_exact_at(buf, at) {
         Ok(()) => Ok(()),
@@ -490,6 +507,8 @@ const OPEN_FILES: usize = 64;
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{FileType, mknodat};
+
     use super::*;
 
     fn new_file(storage: &LocalStorage, bytes: &[u8], name: &str) -> Result<(), StorageError> {
@@ -586,6 +605,29 @@ mod tests {
             storage.len("y"),
             Err(StorageError::Missing { .. })
         ));
+    }
+
+    #[test]
+    fn folder_or_pipe_in_the_place_of_a_file_is_told_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = LocalStorage::open(dir.path()).unwrap();
+        fs::create_dir(dir.path().join("folder")).unwrap();
+        let (user, device) = (rustix::fs::Mode::RWXU, 0);
+        let pipe = dir.path().join("pipe");
+        mknodat(CWD, &pipe, FileType::Fifo, user, device).unwrap();
+        // Open for both, so that whoever reads it like a file fails here and does not hang.
+        let _both = open_to_lock(&pipe).unwrap();
+        for name in ["folder", "pipe"] {
+            let errors = [
+                storage.read(name, 10).map(drop),
+                storage.read_at(name, 0, &mut [0]),
+                storage.len(name).map(drop),
+            ];
+            for error in errors {
+                let told = matches!(error, Err(StorageError::NoFile { .. }));
+                assert!(told, "{name}: {error:?}");
+            }
+        }
     }
 
     #[test]

@@ -116,6 +116,12 @@ pub enum StorageError {
         /// The most that the reader takes.
         limit: u64,
     },
+    /// What lies under this name is a folder, a pipe or a device.
+    #[error("{name} is no file")]
+    NoFile {
+        /// The file that should be there.
+        name: String,
+    },
     /// There is no room left.
     #[error("no room left for {name}")]
     NoRoom {
@@ -165,6 +171,9 @@ impl From<StorageError> for RepoError {
             }
             StorageError::TooLong { name, limit } => {
                 Self::corrupt(name, limit, "the file is longer than such a file can be")
+            }
+            StorageError::NoFile { name } => {
+                Self::corrupt(name, 0, "something else lies where a file should be")
             }
             StorageError::NoRoom { name, source } => Self::NoRoom { file: name, source },
             StorageError::Io { what, source } => Self::Io { what, source },
