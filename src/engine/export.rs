@@ -7,6 +7,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
+use tokio::sync::Semaphore;
 
 use super::disk::Disk;
 use super::plan::Geometry;
@@ -102,7 +103,9 @@ impl ExportSource for SnapshotExport {
         let (disk, chunks) = (self.disk.clone(), Arc::clone(&self.chunks));
         let fault = Arc::clone(&self.fault);
         let geometry = disk.geometry();
-        if let Some(next) = self.ahead.follow(geometry, range) {
+        // Whoever asks for much at a time reads ahead himself.
+        let idle = TURNS.available_permits() > READS_AT_ONCE / 2;
+        if let Some(next) = self.ahead.follow(geometry, range).filter(|_| idle) {
             let (disk, chunks) = (disk.clone(), Arc::clone(&chunks));
             // Nobody waits for it, and whoever comes to what cannot be read is told so.
             tokio::spawn(async move { drop(read_all(&disk, &chunks, next).await) });
@@ -161,7 +164,11 @@ async fn read_all(
     let pieces = range.split(PIECE_BYTES.max(disk.geometry().chunk_bytes));
     let reads = pieces.map(|piece| {
         let (disk, chunks) = (disk.clone(), Arc::clone(chunks));
-        async move { blocking(move || read(&disk, &chunks, piece)).await? }
+        async move {
+            // Nobody closes it.
+            let _turn = TURNS.acquire().await;
+            blocking(move || read(&disk, &chunks, piece)).await?
+        }
     });
     stream::iter(reads)
         .buffered(PIECES_AT_ONCE)
@@ -405,6 +412,11 @@ fn told(error: EngineError, fault: &Mutex<Option<EngineError>>) -> NbdError {
     NbdError::io(short)
 }
 
+/// Turns to read, of all exports: a thread for each of hundreds of requests would cost more than what they do.
+static TURNS: Semaphore = Semaphore::const_new(READS_AT_ONCE);
+
+/// The pieces that are read at once, enough for a disk to sort them.
+const READS_AT_ONCE: usize = 16;
 /// The bytes of chunks that one export keeps.
 const CACHE_BYTES: u64 = 64 << 20;
 /// A longer read is cut into pieces of this size, unless chunks are larger.
