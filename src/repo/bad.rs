@@ -62,11 +62,10 @@ impl BadRecords {
         self.files.is_empty()
     }
 
-    /// Whether the record at a place is damaged.
-    pub(crate) fn holds(&self, kind: PackKind, place: &Place) -> bool {
+    /// Whether the record at an offset of a pack is damaged.
+    pub(crate) fn holds(&self, pack: &PackName, offset: u32) -> bool {
         !self.is_empty()
-            && (self.whole.contains(&(kind, place.pack))
-                || self.slots.contains(&(kind, place.pack, place.offset)))
+            && (self.whole.contains(pack) || self.slots.contains(&(pack.0, pack.1, offset)))
     }
 
     /// Whether all records of a pack are marked.
@@ -216,7 +215,7 @@ impl Repository {
         let found = self.index().find_all(id)?;
         places.extend(found.iter().filter(|(k, _)| *k == kind).map(|(_, p)| *p));
         for place in places {
-            if bad.holds(kind, &place) {
+            if bad.holds(&(kind, place.pack), place.offset) {
                 continue;
             }
             match self.storage().len(&kind.file_name(&place.pack)) {
@@ -286,7 +285,7 @@ impl Walk<'_> {
     }
 
     fn is_lost(&mut self, kind: PackKind, id: &[u8; 32], hint: &Place) -> Result<bool, RepoError> {
-        if !self.bad.holds(kind, hint) && !self.bad.names(prefix_of(id)) {
+        if !self.bad.holds(&(kind, hint.pack), hint.offset) && !self.bad.names(prefix_of(id)) {
             return Ok(false);
         }
         if let Some(known) = self.lost.get(id) {

@@ -118,7 +118,7 @@ impl Packs {
     /// Whether a record may be counted on.
     pub(super) fn is_usable(&self, check: &Check<'_>, name: &PackName, place: &Place) -> bool {
         self.whole.contains_key(name)
-            && !check.bad.holds(name.0, place)
+            && !check.bad.holds(name, place.offset)
             && !self.damaged.contains(&(name.0, name.1, place.offset))
     }
 }
@@ -171,7 +171,7 @@ impl Check<'_> {
                 flags: entry.flags,
             };
             // What is marked is known, and no damage unless a snapshot misses it.
-            if !self.bad.holds(name.0, &place) {
+            if !self.bad.holds(&name, place.offset) {
                 self.found.fault(name.0.file_name(&name.1), &error);
                 self.marked_packs.insert(name);
                 self.marks.add(name, entry.id, entry.offset);

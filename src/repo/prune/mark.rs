@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 
 use super::ids::{IdSorter, SortedIds};
+use super::packs::PackList;
 use crate::repo::bad::BadRecords;
-use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::PackName;
 use crate::repo::format::node::FAN_OUT;
@@ -137,8 +137,13 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// A place and the pack that it is in.
-pub(super) type Copied = (PackName, Place);
+/// A record in a pack, which stands by its number.
+#[derive(Clone, Copy)]
+pub(super) struct Copied {
+    pub(super) pack: u32,
+    pub(super) offset: u32,
+    pub(super) len: u32,
+}
 
 /// The places that hold one record.
 #[derive(Clone, Copy)]
@@ -149,14 +154,14 @@ pub(super) struct Copies<'a> {
 }
 
 /// Goes through identifiers and index together, and calls `each` with the places of each identifier that are in
-/// packs that `usable` accepts. Returns how many have none, with one of them.
+/// packs that are there. Returns how many have none, with one of them.
 pub(super) fn join(
     repo: &Repository,
+    packs: &PackList,
     needed: &mut SortedIds,
-    usable: &dyn Fn(&PackName, &Place) -> bool,
     each: &mut dyn FnMut(Copies<'_>),
 ) -> Result<Missing, RepoError> {
-    let mut index = Entries::open(repo)?;
+    let mut index = Entries::open(repo, packs)?;
     let mut bad = BadRecords::load(repo)?;
     if let Some((_, error)) = bad.unreadable.pop() {
         // Of two copies the one that is damaged might be kept.
@@ -168,12 +173,19 @@ pub(super) fn join(
     while let Some(id) = needed.next()? {
         places.clear();
         damaged.clear();
-        index.places_of(id, &mut |name, place| {
-            if usable(&name, &place) {
-                match bad.holds(name.0, &place) {
-                    true => damaged.push((name, place)),
-                    false => places.push((name, place)),
-                }
+        index.places_of(id, &mut |pack, entry| {
+            if !packs.holds(pack, entry) {
+                return;
+            }
+            let copied = Copied {
+                pack,
+                offset: entry.offset,
+                len: entry.len,
+            };
+            // Names are looked at only where something is marked.
+            match !bad.is_empty() && bad.holds(packs.name(pack), entry.offset) {
+                true => damaged.push(copied),
+                false => places.push(copied),
             }
         })?;
         // Damaged copies stay as long as there is no other: one may have failed to be read only once, or may be had back.
@@ -252,33 +264,35 @@ impl MayGo {
 struct Entries<'a> {
     merged: Merged<'a>,
     next: Option<SegmentEntry>,
+    /// For each pack that the index names its number, if it is there.
+    numbers: Vec<Option<u32>>,
 }
 
 impl<'a> Entries<'a> {
-    fn open(repo: &'a Repository) -> Result<Self, RepoError> {
+    fn open(repo: &'a Repository, packs: &PackList) -> Result<Self, RepoError> {
         let mut merged = repo.index().entries()?;
         let next = merged.next()?;
-        Ok(Self { merged, next })
+        let numbers = merged.packs().iter().map(|name| packs.number(name));
+        Ok(Self {
+            numbers: numbers.collect(),
+            merged,
+            next,
+        })
     }
 
     fn places_of(
         &mut self,
         id: Prefix,
-        each: &mut dyn FnMut(PackName, Place),
+        each: &mut dyn FnMut(u32, &SegmentEntry),
     ) -> Result<(), RepoError> {
         while let Some(entry) = self.next {
             if entry.prefix > id {
                 return Ok(());
             }
-            if entry.prefix == id {
-                let name = self.merged.packs()[entry.pack as usize];
-                let place = Place {
-                    pack: name.1,
-                    offset: entry.offset,
-                    len: entry.len,
-                    flags: entry.flags(),
-                };
-                each(name, place);
+            if entry.prefix == id
+                && let Some(pack) = self.numbers[entry.pack as usize]
+            {
+                each(pack, &entry);
             }
             self.next = self.merged.next()?;
         }
@@ -286,14 +300,7 @@ impl<'a> Entries<'a> {
     }
 }
 
-/// What packs hold of what is needed.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Holdings {
-    /// Bytes and records by pack, each record counted for one pack only.
-    pub(super) kept: HashMap<PackName, Kept>,
-}
-
-/// What one pack must keep.
+/// What one pack must keep: bytes and records, each record counted for one pack only.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Kept {
     pub(super) bytes: u64,
@@ -303,19 +310,19 @@ pub(super) struct Kept {
 /// Picks for each identifier the pack that keeps it: of several whole ones the one of which most is needed.
 pub(super) struct Keepers {
     /// The needed bytes of each pack, records that stand elsewhere too included.
-    needed_bytes: HashMap<PackName, u64>,
+    needed_bytes: Vec<u64>,
 }
 
 impl Keepers {
     pub(super) fn count(
         repo: &Repository,
+        packs: &PackList,
         needed: &mut SortedIds,
-        usable: &dyn Fn(&PackName, &Place) -> bool,
     ) -> Result<Self, RepoError> {
-        let mut needed_bytes: HashMap<PackName, u64> = HashMap::new();
-        join(repo, needed, usable, &mut |copies| {
-            for (name, place) in copies.places {
-                *needed_bytes.entry(*name).or_default() += u64::from(place.len);
+        let mut needed_bytes = vec![0; packs.names().len()];
+        join(repo, packs, needed, &mut |copies| {
+            for copied in copies.places {
+                needed_bytes[copied.pack as usize] += u64::from(copied.len);
             }
         })?
         .check(repo)?;
@@ -323,20 +330,16 @@ impl Keepers {
     }
 
     /// Picks among the places of one identifier: one, or all of them where all are damaged.
-    pub(super) fn pick<'a>(
-        &self,
-        copies: Copies<'a>,
-        len_of: &dyn Fn(&PackName) -> u64,
-    ) -> &'a [Copied] {
-        if copies.damaged {
+    pub(super) fn pick<'a>(&self, packs: &PackList, copies: Copies<'a>) -> &'a [Copied] {
+        if copies.damaged || copies.places.len() == 1 {
             return copies.places;
         }
-        let worth = |name: &PackName| {
-            let needed = self.needed_bytes.get(name).copied().unwrap_or(0);
+        let worth = |pack: u32| {
+            let needed = self.needed_bytes[pack as usize];
             // In millionths of the pack, which is enough to tell packs apart.
-            u128::from(needed) * 1_000_000 / u128::from(len_of(name).max(1))
+            u128::from(needed) * 1_000_000 / u128::from(packs.len(pack).max(1))
         };
-        let first = |(name, place): &&Copied| (worth(name), *name, place.offset);
+        let first = |copied: &&Copied| (worth(copied.pack), copied.pack, copied.offset);
         let best = copies.places.iter().max_by_key(first);
         best.map_or(&[], std::slice::from_ref)
     }

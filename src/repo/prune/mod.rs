@@ -6,6 +6,7 @@
 
 pub(super) mod ids;
 mod mark;
+mod packs;
 mod plan;
 mod repack;
 mod sweep;

@@ -2,29 +2,28 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::mark::{Holdings, Keepers, Kept, join, needed_by};
+use super::mark::{Keepers, Kept, join, needed_by};
+use super::packs::PackList;
 use super::{PruneOptions, Pruned, blockers, repack, sweep};
 use crate::repo::checkpoint;
-use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::{Condemned, PackName, Sweep};
 use crate::repo::format::pack::{FooterEntry, MAX_RECORDS, PackHeader, PackKind, PackTrailer};
 use crate::repo::generations::Generations;
 use crate::repo::ids::SnapshotId;
-use crate::repo::pack;
 use crate::repo::presence::{OpenSession, open_sessions};
 use crate::repo::repository::Repository;
 use crate::repo::snapshot::Snapshot;
 
 /// What is to be done in one generation.
 pub(super) struct Plan {
-    /// The lengths of all packs.
-    packs: HashMap<PackName, u64>,
+    packs: PackList,
     /// The packs that nobody needs.
     useless: Vec<PackName>,
     /// The packs that are written anew, and what is needed of them.
     pub(super) repack: Vec<PackName>,
-    kept: HashMap<PackName, Kept>,
+    /// For each pack what is needed of it.
+    kept: Vec<Kept>,
     /// The packs that checkpoints name, for runs that were interrupted.
     checkpointed: HashSet<PackName>,
     /// For each pack that is written anew offset and length of the records that are needed of it, in order.
@@ -52,31 +51,26 @@ impl Plan {
         let (window, now) = (options.undelete_window, options.now_unix_nanos);
         let roots = &snapshots.roots;
         let checkpointed = checkpoint::sort(repo, &checkpoints, &open, roots, window, now)?.packs;
-        let mut packs = list_packs(repo)?;
-        for name in &gone.packs {
-            packs.remove(name);
-        }
+        let packs = PackList::load(repo, &gone.packs)?;
         repo.index().refresh()?;
         let mut needed = needed_by(repo, &snapshots.roots)?;
-        let usable = |name: &PackName, place: &Place| is_whole(&packs, name, place);
-        let keepers = Keepers::count(repo, &mut needed, &usable)?;
-        let len_of = |name: &PackName| packs.get(name).copied().unwrap_or(0);
-        let mut holdings = Holdings::default();
-        let may_go = join(repo, &mut needed, &usable, &mut |copies| {
-            for (name, place) in keepers.pick(copies, &len_of) {
-                let kept = holdings.kept.entry(*name).or_default();
-                kept.bytes += u64::from(place.len);
+        let keepers = Keepers::count(repo, &packs, &mut needed)?;
+        let mut kept = vec![Kept::default(); packs.names().len()];
+        let may_go = join(repo, &packs, &mut needed, &mut |copies| {
+            for copied in keepers.pick(&packs, copies) {
+                let kept = &mut kept[copied.pack as usize];
+                kept.bytes += u64::from(copied.len);
                 kept.records += 1;
             }
         })?
         .check(repo)?;
-        let mut useless = useless(repo, &packs, &holdings, &checkpointed, &open);
+        let mut useless = useless(repo, &packs, &kept, &checkpointed, &open);
         useless.retain(|name| may_go.includes(name));
         let mut plan = Self {
             useless,
             repack: Vec::new(),
             moving: HashMap::new(),
-            kept: holdings.kept,
+            kept,
             checkpointed,
             packs,
             dropped: snapshots.dropped,
@@ -85,16 +79,15 @@ impl Plan {
         if !no_room {
             plan.choose_repacks(options.max_unused_percent);
         }
-        let repack: HashSet<PackName> = plan.repack.iter().copied().collect();
+        let (packs, moving) = (&plan.packs, &mut plan.moving);
+        let repack = plan.repack.iter().filter_map(|name| packs.number(name));
+        let repack: HashSet<u32> = repack.collect();
         if !repack.is_empty() {
-            let (packs, moving) = (&plan.packs, &mut plan.moving);
-            let len_of = |name: &PackName| packs.get(name).copied().unwrap_or(0);
-            let usable = |name: &PackName, place: &Place| is_whole(packs, name, place);
-            join(repo, &mut needed, &usable, &mut |copies| {
-                for (name, place) in keepers.pick(copies, &len_of) {
-                    if repack.contains(name) {
-                        let record = (place.offset, place.len);
-                        moving.entry(*name).or_default().push(record);
+            join(repo, packs, &mut needed, &mut |copies| {
+                for copied in keepers.pick(packs, copies) {
+                    if repack.contains(&copied.pack) {
+                        let records = moving.entry(*packs.name(copied.pack)).or_default();
+                        records.push((copied.offset, copied.len));
                     }
                 }
             })?
@@ -113,7 +106,7 @@ impl Plan {
         if self.dropped.is_empty() {
             return Ok(());
         }
-        let total_bytes = self.total_bytes();
+        let total_bytes = self.packs.total_bytes();
         let most = u128::from(total_bytes) * u128::from(options.max_freed_percent) / 100;
         // The dropped snapshots' maps are gone through only when it matters which packs are theirs.
         if u128::from(self.freed_bytes(|_| true)) <= most {
@@ -140,23 +133,23 @@ impl Plan {
     /// The bytes that are freed in those packs that `counts` accepts.
     fn freed_bytes(&self, counts: impl Fn(&PackName) -> bool) -> u64 {
         let useless = self.useless.iter().filter(|name| counts(name));
-        let removed: u64 = useless.filter_map(|name| self.packs.get(name)).sum();
+        let removed: u64 = self.packs.lens_of(useless).sum();
         let repack = self.repack.iter().filter(|name| counts(name));
-        removed + repack.map(|name| self.unused(name)).sum::<u64>()
+        let repack = repack.filter_map(|name| self.packs.number(name));
+        removed + repack.map(|pack| self.unused(pack)).sum::<u64>()
     }
 
     /// Finds the packs that hold something of the snapshots that are dropped.
     fn packs_of_dropped(&self, repo: &Repository) -> Result<HashSet<PackName>, RepoError> {
         let dropped = self.dropped.iter().map(|id| repo.snapshot(id));
         let dropped: Vec<Snapshot> = dropped.collect::<Result<_, _>>()?;
-        let mut theirs = HashSet::new();
+        let mut theirs: HashSet<u32> = HashSet::new();
         let mut ids = needed_by(repo, &dropped)?;
-        let usable = |name: &PackName, place: &Place| is_whole(&self.packs, name, place);
         // What is missing cannot be freed.
-        join(repo, &mut ids, &usable, &mut |copies| {
-            theirs.extend(copies.places.iter().map(|(name, _)| *name));
+        join(repo, &self.packs, &mut ids, &mut |copies| {
+            theirs.extend(copies.places.iter().map(|copied| copied.pack));
         })?;
-        Ok(theirs)
+        Ok(theirs.into_iter().map(|n| *self.packs.name(n)).collect())
     }
 
     /// Writes anew what is to be, and says what is condemned then.
@@ -182,67 +175,49 @@ impl Plan {
     }
 
     fn report(&self, pruned: &mut Pruned) {
-        pruned.total_bytes = self.total_bytes();
+        pruned.total_bytes = self.packs.total_bytes();
         let goes: HashSet<&PackName> = self.useless.iter().chain(&self.repack).collect();
-        let stays = |name: &&PackName| !goes.contains(name) && !self.checkpointed.contains(*name);
-        let unused = self
-            .packs
-            .keys()
-            .filter(stays)
-            .map(|name| self.unused(name));
-        pruned.unused_bytes = unused.sum();
-    }
-
-    fn total_bytes(&self) -> u64 {
-        self.packs.values().sum()
-    }
-
-    fn useless_bytes(&self) -> u64 {
-        self.useless
-            .iter()
-            .filter_map(|name| self.packs.get(name))
-            .sum()
+        let numbered = (0..).zip(self.packs.names());
+        let stays =
+            numbered.filter(|(_, name)| !goes.contains(name) && !self.checkpointed.contains(*name));
+        pruned.unused_bytes = stays.map(|(pack, _)| self.unused(pack)).sum();
     }
 
     /// The bytes of a pack's records that nobody needs.
-    fn unused(&self, name: &PackName) -> u64 {
-        let len = self.packs.get(name).copied().unwrap_or(0);
-        let kept = self.kept.get(name).copied().unwrap_or_default();
+    fn unused(&self, pack: u32) -> u64 {
+        let kept = self.kept[pack as usize];
         let overhead = (PackHeader::LEN + PackTrailer::LEN) as u64;
         let footer = kept.records * FooterEntry::LEN as u64;
+        let len = self.packs.len(pack);
         len.saturating_sub(overhead + footer + kept.bytes)
     }
 
     /// Chooses the packs of which least is needed, until what is left unused is little enough.
     fn choose_repacks(&mut self, max_unused_percent: f64) {
-        let useless: HashSet<PackName> = self.useless.iter().copied().collect();
-        let mut partly: Vec<(PackName, u64, u64)> = self
-            .kept
-            .keys()
-            .filter(|name| !useless.contains(*name) && !self.checkpointed.contains(*name))
-            .map(|name| {
-                (
-                    *name,
-                    self.unused(name),
-                    self.packs.get(name).copied().unwrap_or(0),
-                )
+        let useless: HashSet<&PackName> = self.useless.iter().collect();
+        let numbered = (0..).zip(self.packs.names());
+        let mut partly: Vec<(u32, u64)> = numbered
+            .filter(|(pack, name)| {
+                self.kept[*pack as usize].records > 0
+                    && !useless.contains(name)
+                    && !self.checkpointed.contains(*name)
             })
-            .filter(|(_, unused, _)| *unused > 0)
+            .map(|(pack, _)| (pack, self.unused(pack)))
+            .filter(|(_, unused)| *unused > 0)
             .collect();
-        let mut total = self.total_bytes() - self.useless_bytes();
-        let mut unused: u64 = partly.iter().map(|(_, unused, _)| *unused).sum();
+        let mut total = self.packs.total_bytes() - self.packs.lens_of(&self.useless).sum::<u64>();
+        let mut unused: u64 = partly.iter().map(|(_, unused)| *unused).sum();
         // The largest part first; by name where that is the same, so that a dry run says what would be done.
-        partly.sort_by_key(|(name, unused, len)| {
-            (
-                std::cmp::Reverse(u128::from(*unused) * 1_000_000 / u128::from((*len).max(1))),
-                *name,
-            )
+        partly.sort_by_key(|(pack, unused)| {
+            let len = u128::from(self.packs.len(*pack).max(1));
+            let part = u128::from(*unused) * 1_000_000 / len;
+            (std::cmp::Reverse(part), *pack)
         });
-        for (name, dead, _) in partly {
+        for (pack, dead) in partly {
             if unused as f64 <= total as f64 * max_unused_percent / 100.0 {
                 break;
             }
-            self.repack.push(name);
+            self.repack.push(*self.packs.name(pack));
             unused -= dead;
             total = total.saturating_sub(dead);
         }
@@ -289,7 +264,7 @@ pub(super) fn dry_run(
     let plan = Plan::make(repo, options, &gone, false)?;
     plan.report(pruned);
     let packs: Vec<PackName> = [&plan.useless[..], &plan.repack].concat();
-    let bytes: u64 = packs.iter().filter_map(|n| plan.packs.get(n)).sum();
+    let bytes: u64 = plan.packs.lens_of(&packs).sum();
     let next = state.last.map_or(0, |last| last.saturating_add(1));
     let blockers = blockers(repo, next, options)?;
     pruned.packs_repacked = plan.repack.len() as u64;
@@ -379,38 +354,29 @@ fn over(
     Ok(over.filter(|id| !parents.contains(id)).collect())
 }
 
-/// Lists all packs with their lengths.
-pub(super) fn list_packs(repo: &Repository) -> Result<HashMap<PackName, u64>, RepoError> {
-    Ok(pack::list_packs(&**repo.storage())?.into_iter().collect())
-}
-
-/// Whether a pack is there and long enough to hold a record.
-pub(super) fn is_whole(packs: &HashMap<PackName, u64>, name: &PackName, place: &Place) -> bool {
-    let end = u64::from(place.offset) + u64::from(place.len) + PackTrailer::LEN as u64;
-    packs.get(name).is_some_and(|len| end <= *len)
-}
-
 /// Finds the packs of which nothing is kept, but not those of sessions that are still writing, nor those of checkpoints.
 fn useless(
     repo: &Repository,
-    packs: &HashMap<PackName, u64>,
-    holdings: &Holdings,
+    packs: &PackList,
+    kept: &[Kept],
     checkpointed: &HashSet<PackName>,
     open: &[OpenSession],
 ) -> Vec<PackName> {
     let writing: HashSet<SnapshotId> = open.iter().map(|s| s.id).collect();
-    let mut useless: Vec<PackName> = packs
-        .keys()
-        .filter(|name| !holdings.kept.contains_key(*name) && !checkpointed.contains(*name))
+    let nothing_kept = packs
+        .names()
+        .iter()
+        .zip(kept)
+        .filter(|(_, k)| k.records == 0);
+    nothing_kept
+        .map(|(name, _)| *name)
+        .filter(|name| !checkpointed.contains(name))
         .filter(|name| match writer_of(repo, name) {
             // Waiting for its session would be of no use: it will be needed, or is garbage then.
             Some(session) => !writing.contains(&session),
             None => true,
         })
-        .copied()
-        .collect();
-    useless.sort_unstable();
-    useless
+        .collect()
 }
 
 /// Reads which session wrote a pack; `None` when that cannot be read.

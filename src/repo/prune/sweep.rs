@@ -3,11 +3,11 @@
 use std::collections::{HashMap, HashSet};
 
 use super::mark::{join, needed_beyond};
-use super::plan::{Snapshots, is_whole, list_packs};
+use super::packs::PackList;
+use super::plan::Snapshots;
 use super::{PruneOptions, Pruned};
 use crate::repo::bad::BadRecords;
 use crate::repo::checkpoint;
-use crate::repo::chunk::Place;
 use crate::repo::error::RepoError;
 use crate::repo::forget::{Forgotten, mark_file};
 use crate::repo::format::generation::{Condemned, PackName, Sweep};
@@ -15,6 +15,7 @@ use crate::repo::format::parity;
 use crate::repo::format::snapshot::file_name;
 use crate::repo::generations::{self, Generations};
 use crate::repo::ids::{PackId, SnapshotId};
+use crate::repo::pack::list_packs;
 use crate::repo::presence::{Dead, open_sessions};
 use crate::repo::repository::Repository;
 use crate::repo::snapshot::{DiskRecord, Snapshot};
@@ -65,25 +66,27 @@ fn decide(repo: &Repository, condemned: &Condemned) -> Result<Sweep, RepoError> 
         snapshots.roots.iter().partition(|s| known.contains(&s.id));
     repo.index().refresh()?;
     let mut needed = needed_beyond(repo, &new, &known)?;
-    let packs = list_packs(repo)?;
-    let doomed: HashSet<PackName> = condemned.packs.iter().copied().collect();
-    let mut rescued: HashSet<PackName> = HashSet::new();
-    let usable = |name: &PackName, place: &Place| is_whole(&packs, name, place);
-    let may_go = join(repo, &mut needed, &usable, &mut |copies| {
+    let packs = PackList::load(repo, &[])?;
+    let doomed = condemned.packs.iter().filter_map(|name| packs.number(name));
+    let doomed: HashSet<u32> = doomed.collect();
+    let mut rescued: HashSet<u32> = HashSet::new();
+    let may_go = join(repo, &packs, &mut needed, &mut |copies| {
+        let theirs = copies.places.iter().map(|copied| copied.pack);
         if copies.damaged {
-            rescued.extend(copies.places.iter().map(|(name, _)| *name));
+            rescued.extend(theirs);
             return;
         }
-        let safe = |name: &PackName| !doomed.contains(name) || rescued.contains(name);
-        if !copies.places.iter().any(|(name, _)| safe(name)) {
-            rescued.extend(copies.places.iter().map(|(name, _)| *name).min());
+        let safe = |pack: u32| !doomed.contains(&pack) || rescued.contains(&pack);
+        if !theirs.clone().any(safe) {
+            rescued.extend(theirs.min());
         }
     })?
     .check(repo)?;
-    let packs = condemned.packs.iter().copied();
-    let packs = packs.filter(|name| may_go.includes(name));
+    let is_rescued = |name: &PackName| packs.number(name).is_some_and(|n| rescued.contains(&n));
+    let goes = condemned.packs.iter().copied();
+    let goes = goes.filter(|name| may_go.includes(name) && !is_rescued(name));
     Ok(Sweep {
-        packs: packs.filter(|name| !rescued.contains(name)).collect(),
+        packs: goes.collect(),
         snapshots: snapshots.dropped,
     })
 }
@@ -158,8 +161,8 @@ pub(super) fn report_parity(
 fn idle_parity(repo: &Repository) -> Result<Vec<FileInfo>, RepoError> {
     // Before the packs: a pack is there before its parity is, and none comes back under a name that was used.
     let files = repo.storage().list(parity::FOLDER)?;
-    let packs = list_packs(repo)?;
-    let mut there: HashSet<PackId> = packs.keys().map(|(_, pack)| *pack).collect();
+    let packs = PackList::load(repo, &[])?;
+    let mut there: HashSet<PackId> = packs.names().iter().map(|(_, pack)| *pack).collect();
     // A small pack that was lost can be computed from its parity alone.
     let bad = BadRecords::load(repo)?;
     there.extend(bad.files().iter().map(|(_, mark)| mark.pack.1));
@@ -178,8 +181,7 @@ pub(super) fn report_waiting(
     condemned: &Condemned,
     pruned: &mut Pruned,
 ) -> Result<(), RepoError> {
-    let packs = list_packs(repo)?;
-    for len in condemned.packs.iter().filter_map(|name| packs.get(name)) {
+    for len in PackList::load(repo, &[])?.lens_of(&condemned.packs) {
         pruned.packs_waiting += 1;
         pruned.waiting_bytes += len;
     }
@@ -197,8 +199,7 @@ pub(super) fn report_finish(
         (None, Some(condemned)) => decide(repo, condemned)?,
         (None, None) => Sweep::default(),
     };
-    let packs = list_packs(repo)?;
-    for len in sweep.packs.iter().filter_map(|name| packs.get(name)) {
+    for len in PackList::load(repo, &[])?.lens_of(&sweep.packs) {
         pruned.packs_removed += 1;
         pruned.removed_bytes += len;
     }
@@ -325,7 +326,8 @@ fn bitmaps(disk: &DiskRecord) -> impl Iterator<Item = &str> {
 /// Merges segments, and leaves out what packs held that are gone when that is much.
 pub(super) fn tidy_index(repo: &Repository) -> Result<(), RepoError> {
     repo.index().merge(u64::MAX)?;
-    match repo.index().compact(|| list_packs(repo)) {
+    let there = || Ok(list_packs(&**repo.storage())?.into_iter().collect());
+    match repo.index().compact(there) {
         // Another process merged and removed what was to be read.
         Ok(()) | Err(RepoError::Missing { .. }) => Ok(()),
         Err(other) => Err(other),

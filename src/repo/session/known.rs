@@ -9,7 +9,7 @@ use super::{SessionCore, lock};
 impl SessionCore {
     /// Whether a check found the record at a place damaged.
     pub(crate) fn is_bad(&self, kind: PackKind, place: &Place) -> bool {
-        self.bad.holds(kind, place)
+        self.bad.holds(&(kind, place.pack), place.offset)
     }
 
     /// Returns where a record is that this session or the repository has, in a pack that is there.
