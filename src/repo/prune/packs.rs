@@ -21,9 +21,15 @@ impl PackList {
         let gone: HashSet<&PackName> = gone.iter().collect();
         let mut packs = list_packs(&**repo.storage())?;
         packs.retain(|(name, _)| !gone.contains(name));
+        Ok(Self::of(packs))
+    }
+
+    fn of(mut packs: Vec<(PackName, u64)>) -> Self {
         packs.sort_unstable();
+        // A folder that changes may list a file twice: the second number would be that of a pack that nobody needs.
+        packs.dedup_by_key(|(name, _)| *name);
         let (names, lens) = packs.into_iter().unzip();
-        Ok(Self { names, lens })
+        Self { names, lens }
     }
 
     /// The names, each at its number.
@@ -61,5 +67,25 @@ impl PackList {
     pub(super) fn holds(&self, number: u32, record: &SegmentEntry) -> bool {
         let end = u64::from(record.offset) + u64::from(record.len) + PackTrailer::LEN as u64;
         end <= self.len(number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repo::format::pack::PackKind;
+    use crate::repo::ids::PackId;
+
+    #[test]
+    fn pack_that_is_listed_twice_has_one_number() {
+        let name = |n| (PackKind::Data, PackId::from_bytes([n; 16]));
+        let list = PackList::of(vec![(name(2), 20), (name(1), 10), (name(2), 21)]);
+        assert_eq!(list.names(), [name(1), name(2)]);
+        for (number, name) in (0..).zip(list.names()) {
+            assert_eq!(list.number(name), Some(number));
+        }
+        assert_eq!(list.number(&name(3)), None);
+        // Of two lengths the one that proves less.
+        assert_eq!(list.lens_of(&[name(2), name(3)]).sum::<u64>(), 20);
     }
 }
