@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod engine;
+mod file;
 pub mod meter;
 pub mod nbd;
 pub mod qemu;

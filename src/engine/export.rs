@@ -135,7 +135,7 @@ impl ExportSource for SnapshotExport {
         let (disk, earlier) = (self.disk.clone(), Arc::clone(&self.earlier));
         let fault = Arc::clone(&self.fault);
         async move {
-            let found = blocking(
+            let found = in_turn(
                 move || match context.checked_sub(1).map(|at| earlier.get(at)) {
                     None => extents(&disk, range, most),
                     Some(Some(earlier)) => earlier.extents(&disk, range, most),
@@ -147,6 +147,15 @@ impl ExportSource for SnapshotExport {
         }
         .boxed()
     }
+}
+
+/// Does blocking work when it is its turn.
+async fn in_turn<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, EngineError> {
+    // Nobody closes it.
+    let _turn = TURNS.acquire().await;
+    blocking(work).await
 }
 
 /// A part of a range.
@@ -164,11 +173,7 @@ async fn read_all(
     let pieces = range.split(PIECE_BYTES.max(disk.geometry().chunk_bytes));
     let reads = pieces.map(|piece| {
         let (disk, chunks) = (disk.clone(), Arc::clone(chunks));
-        async move {
-            // Nobody closes it.
-            let _turn = TURNS.acquire().await;
-            blocking(move || read(&disk, &chunks, piece)).await?
-        }
+        async move { in_turn(move || read(&disk, &chunks, piece)).await? }
     });
     stream::iter(reads)
         .buffered(PIECES_AT_ONCE)
@@ -412,10 +417,10 @@ fn told(error: EngineError, fault: &Mutex<Option<EngineError>>) -> NbdError {
     NbdError::io(short)
 }
 
-/// Turns to read, of all exports: a thread for each of hundreds of requests would cost more than what they do.
+/// Turns to read and to walk maps, of all exports: a thread for each of hundreds of requests would cost more than what they do.
 static TURNS: Semaphore = Semaphore::const_new(READS_AT_ONCE);
 
-/// The pieces that are read at once, enough for a disk to sort them.
+/// What is read at once, enough for a disk to sort it.
 const READS_AT_ONCE: usize = 16;
 /// The bytes of chunks that one export keeps.
 const CACHE_BYTES: u64 = 64 << 20;

@@ -9,6 +9,7 @@ use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 
 use super::EngineError;
 use super::nbd_target::NbdSink;
+use crate::file;
 use crate::nbd::uri::NbdUri;
 use crate::qemu::ImageFormat;
 use crate::range::ByteRange;
@@ -141,9 +142,7 @@ impl Sink {
             return Ok(Self::Device { file });
         }
         if !kind.is_file() {
-            return Err(failed("opening")(io::Error::other(
-                "it is neither a file nor a block device",
-            )));
+            return Err(failed("opening")(file::no_disk()));
         }
         let sink = Self::Sparse {
             file,

@@ -1,14 +1,13 @@
 //! Disk images as files: which format one has, and writing one through `qemu-img`.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::Stdio;
 
-use rustix::fs::OFlags;
-
 use super::error::QemuError;
+use crate::file;
 
 /// How an image file is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,14 +73,11 @@ impl ImageFormat {
 /// # Errors
 /// When the system refuses, or it is neither a file nor a block device; a pipe is not waited for.
 pub fn open_image(path: &Path) -> io::Result<File> {
-    let image = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-        .open(path)?;
+    let image = file::open(path)?;
     let kind = image.metadata()?.file_type();
     match kind.is_file() || kind.is_block_device() {
         true => Ok(image),
-        false => Err(io::Error::other("it is neither a file nor a block device")),
+        false => Err(file::no_disk()),
     }
 }
 

@@ -36,7 +36,7 @@ impl Repository {
         let mut gather = Gather::into(self.index());
         // The packs that are listed here may be seen before they are durable.
         self.storage().barrier()?;
-        for (name, _) in list_packs(&**self.storage())? {
+        for name in list_packs(&**self.storage())?.into_keys() {
             if known.contains(&name) {
                 continue;
             }

@@ -55,7 +55,7 @@ impl Repository {
         let mut gather = Gather::into(&scratch.index);
         // The packs that are listed here may be seen before they are durable.
         self.storage().barrier()?;
-        for (name, _) in list_packs(&**self.storage())? {
+        for name in list_packs(&**self.storage())?.into_keys() {
             let footer = read_footer(&**self.storage(), self.uuid(), name.0, name.1);
             // A damaged one is reported by the check.
             if let Ok(footer) = unless_refused(footer)? {
@@ -118,7 +118,7 @@ impl Repository {
             return Ok(made);
         }
         let storage = &**self.storage();
-        for (name, _) in list_packs(storage)? {
+        for name in list_packs(storage)?.into_keys() {
             let whole = parity::read_header(storage, self.uuid(), &name)
                 .and_then(|header| Shards::read(storage, header, !compare_packs));
             let is_there = match unless_refused(whole)? {

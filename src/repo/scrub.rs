@@ -1,7 +1,5 @@
 //! Checking a repository without any key: what is stored against the checksums beside it.
 
-use std::collections::BTreeMap;
-
 use super::check::{Checked, check_files, compare, hash_of, list_parity, tell_what_mends};
 use super::error::{RepoError, unless_refused};
 use super::format::FileKind;
@@ -96,7 +94,7 @@ fn packs(
     progress: &dyn Fn(u64, u64),
 ) -> Result<(), RepoError> {
     let parity = list_parity(storage)?;
-    let packs: BTreeMap<_, _> = list_packs(storage)?.into_iter().collect();
+    let packs = list_packs(storage)?;
     found.pack_bytes = packs.values().sum();
     let mut buffer = Vec::new();
     for (name, len) in &packs {

@@ -9,18 +9,19 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &[&str])] = &[
     ("range.rs", &[]),
     ("meter.rs", &[]),
+    ("file.rs", &[]),
     ("nbd/wire", &[]),
     ("nbd/session", &["nbd/wire", "range"]),
     ("nbd", &["nbd", "range"]),
-    ("repo", &["repo", "range", "meter"]),
-    ("qemu", &["range"]),
-    ("engine", &["nbd", "repo", "qemu", "range", "meter"]),
+    ("repo", &["repo", "range", "meter", "file"]),
+    ("qemu", &["range", "file"]),
+    ("engine", &["nbd", "repo", "qemu", "range", "meter", "file"]),
     ("report", &["engine"]),
     ("cli", &["engine", "report", "nbd", "repo", "qemu", "range"]),
     (
         "lib.rs",
         &[
-            "cli", "engine", "meter", "nbd", "qemu", "range", "repo", "report",
+            "cli", "engine", "file", "meter", "nbd", "qemu", "range", "repo", "report",
         ],
     ),
     ("main.rs", &["cli"]),

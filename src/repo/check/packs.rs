@@ -78,7 +78,7 @@ impl Packs {
     pub(super) fn read(check: &mut Check<'_>, snapshots: &[Snapshot]) -> Result<Self, RepoError> {
         let mut packs = Self {
             whole: HashMap::new(),
-            listed: list_packs(&**check.repo.storage())?.into_iter().collect(),
+            listed: list_packs(&**check.repo.storage())?,
             damaged: HashSet::new(),
             scratch: Scratch::new()?,
         };
@@ -164,14 +164,8 @@ impl Check<'_> {
         self.found.read_packs = chosen.len() as u64;
         self.found.read_bytes = total;
         for (name, entry, error) in slots {
-            let place = Place {
-                pack: name.1,
-                offset: entry.offset,
-                len: entry.len,
-                flags: entry.flags,
-            };
             // What is marked is known, and no damage unless a snapshot misses it.
-            if !self.bad.holds(&name, place.offset) {
+            if !self.bad.holds(&name, entry.offset) {
                 self.found.fault(name.0.file_name(&name.1), &error);
                 self.marked_packs.insert(name);
                 self.marks.add(name, entry.id, entry.offset);

@@ -6,7 +6,7 @@ mod merge;
 mod segment;
 mod write;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::cache::Cache;
@@ -199,9 +199,9 @@ impl Index {
     /// Rewrites the index into one segment without the entries of packs that are not there, when these are many.
     ///
     /// `list` is called once it is settled which segments are read: a pack is there before a segment names it.
-    pub(crate) fn compact<V>(
+    pub(crate) fn compact(
         &self,
-        list: impl FnOnce() -> Result<HashMap<(PackKind, PackId), V>, RepoError>,
+        list: impl FnOnce() -> Result<BTreeMap<(PackKind, PackId), u64>, RepoError>,
     ) -> Result<(), RepoError> {
         self.refresh()?;
         let inputs = self.live().to_vec();

@@ -1,5 +1,7 @@
 //! Published packs: which there are, and the footer of one, checked against its header, hash and name.
 
+use std::collections::BTreeMap;
+
 use super::super::error::RepoError;
 use super::super::format::generation::PackName;
 use super::super::format::pack::{FooterEntry, PackHeader, PackKind, PackTrailer, decode_footer};
@@ -16,9 +18,9 @@ pub(crate) struct Footer {
     pub(crate) entries: Vec<FooterEntry>,
 }
 
-/// Lists all packs with their lengths.
-pub(crate) fn list_packs(storage: &dyn Storage) -> Result<Vec<(PackName, u64)>, RepoError> {
-    let mut packs = Vec::new();
+/// Lists all packs with their lengths, each once, although a folder that changes may name a file twice.
+pub(crate) fn list_packs(storage: &dyn Storage) -> Result<BTreeMap<PackName, u64>, RepoError> {
+    let mut packs = BTreeMap::new();
     for kind in [PackKind::Data, PackKind::Meta] {
         for file in storage.list(kind.folder())? {
             packs.extend(

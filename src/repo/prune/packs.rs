@@ -1,7 +1,5 @@
 //! The packs that are there, by numbers: what is counted for each of very many records must not cost a search for its pack.
 
-use std::collections::HashSet;
-
 use crate::repo::error::RepoError;
 use crate::repo::format::generation::PackName;
 use crate::repo::format::pack::PackTrailer;
@@ -18,18 +16,12 @@ pub(super) struct PackList {
 impl PackList {
     /// Lists all but those of `gone`.
     pub(super) fn load(repo: &Repository, gone: &[PackName]) -> Result<Self, RepoError> {
-        let gone: HashSet<&PackName> = gone.iter().collect();
         let mut packs = list_packs(&**repo.storage())?;
-        packs.retain(|(name, _)| !gone.contains(name));
-        Ok(Self::of(packs))
-    }
-
-    fn of(mut packs: Vec<(PackName, u64)>) -> Self {
-        packs.sort_unstable();
-        // A folder that changes may list a file twice: the second number would be that of a pack that nobody needs.
-        packs.dedup_by_key(|(name, _)| *name);
+        for name in gone {
+            packs.remove(name);
+        }
         let (names, lens) = packs.into_iter().unzip();
-        Self { names, lens }
+        Ok(Self { names, lens })
     }
 
     /// The names, each at its number.
@@ -67,25 +59,5 @@ impl PackList {
     pub(super) fn holds(&self, number: u32, record: &SegmentEntry) -> bool {
         let end = u64::from(record.offset) + u64::from(record.len) + PackTrailer::LEN as u64;
         end <= self.len(number)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::repo::format::pack::PackKind;
-    use crate::repo::ids::PackId;
-
-    #[test]
-    fn pack_that_is_listed_twice_has_one_number() {
-        let name = |n| (PackKind::Data, PackId::from_bytes([n; 16]));
-        let list = PackList::of(vec![(name(2), 20), (name(1), 10), (name(2), 21)]);
-        assert_eq!(list.names(), [name(1), name(2)]);
-        for (number, name) in (0..).zip(list.names()) {
-            assert_eq!(list.number(name), Some(number));
-        }
-        assert_eq!(list.number(&name(3)), None);
-        // Of two lengths the one that proves less.
-        assert_eq!(list.lens_of(&[name(2), name(3)]).sum::<u64>(), 20);
     }
 }

@@ -18,16 +18,16 @@ use crate::repo::snapshot::Snapshot;
 /// What is to be done in one generation.
 pub(super) struct Plan {
     packs: PackList,
-    /// The packs that nobody needs.
-    useless: Vec<PackName>,
-    /// The packs that are written anew, and what is needed of them.
-    pub(super) repack: Vec<PackName>,
+    /// The packs that nobody needs, by their numbers.
+    useless: Vec<u32>,
+    /// The packs that are written anew.
+    repack: Vec<u32>,
     /// For each pack what is needed of it.
     kept: Vec<Kept>,
     /// The packs that checkpoints name, for runs that were interrupted.
     checkpointed: HashSet<PackName>,
     /// For each pack that is written anew offset and length of the records that are needed of it, in order.
-    pub(super) moving: HashMap<PackName, Vec<(u32, u32)>>,
+    moving: HashMap<u32, Vec<(u32, u32)>>,
     dropped: Vec<SnapshotId>,
     roots: Vec<SnapshotId>,
 }
@@ -65,7 +65,7 @@ impl Plan {
         })?
         .check(repo)?;
         let mut useless = useless(repo, &packs, &kept, &checkpointed, &open);
-        useless.retain(|name| may_go.includes(name));
+        useless.retain(|pack| may_go.includes(packs.name(*pack)));
         let mut plan = Self {
             useless,
             repack: Vec::new(),
@@ -80,13 +80,11 @@ impl Plan {
             plan.choose_repacks(options.max_unused_percent);
         }
         let (packs, moving) = (&plan.packs, &mut plan.moving);
-        let repack = plan.repack.iter().filter_map(|name| packs.number(name));
-        let repack: HashSet<u32> = repack.collect();
-        if !repack.is_empty() {
+        moving.extend(plan.repack.iter().map(|pack| (*pack, Vec::new())));
+        if !moving.is_empty() {
             join(repo, packs, &mut needed, &mut |copies| {
                 for copied in keepers.pick(packs, copies) {
-                    if repack.contains(&copied.pack) {
-                        let records = moving.entry(*packs.name(copied.pack)).or_default();
+                    if let Some(records) = moving.get_mut(&copied.pack) {
                         records.push((copied.offset, copied.len));
                     }
                 }
@@ -113,7 +111,7 @@ impl Plan {
             return Ok(());
         }
         let freed_bytes = match self.packs_of_dropped(repo) {
-            Ok(theirs) => self.freed_bytes(|name| theirs.contains(name)),
+            Ok(theirs) => self.freed_bytes(|pack| theirs.contains(&pack)),
             Err(error @ RepoError::Io { .. }) => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "all that is freed counts as that of forgotten snapshots");
@@ -131,25 +129,37 @@ impl Plan {
     }
 
     /// The bytes that are freed in those packs that `counts` accepts.
-    fn freed_bytes(&self, counts: impl Fn(&PackName) -> bool) -> u64 {
-        let useless = self.useless.iter().filter(|name| counts(name));
-        let removed: u64 = self.packs.lens_of(useless).sum();
-        let repack = self.repack.iter().filter(|name| counts(name));
-        let repack = repack.filter_map(|name| self.packs.number(name));
-        removed + repack.map(|pack| self.unused(pack)).sum::<u64>()
+    fn freed_bytes(&self, counts: impl Fn(u32) -> bool) -> u64 {
+        let useless = self.useless.iter().filter(|pack| counts(**pack));
+        let removed: u64 = useless.map(|pack| self.packs.len(*pack)).sum();
+        let repack = self.repack.iter().filter(|pack| counts(**pack));
+        removed + repack.map(|pack| self.unused(*pack)).sum::<u64>()
+    }
+
+    /// The packs that are written anew, and offset and length of the records that are needed of each, in order.
+    pub(super) fn moves(&self) -> impl Iterator<Item = (&PackName, &[(u32, u32)])> {
+        let moving = |pack| self.moving.get(pack).map(Vec::as_slice).unwrap_or_default();
+        let repack = self.repack.iter();
+        repack.map(move |pack| (self.packs.name(*pack), moving(pack)))
+    }
+
+    /// The names of the packs that go.
+    fn going(&self) -> Vec<PackName> {
+        let going = self.useless.iter().chain(&self.repack);
+        going.map(|pack| *self.packs.name(*pack)).collect()
     }
 
     /// Finds the packs that hold something of the snapshots that are dropped.
-    fn packs_of_dropped(&self, repo: &Repository) -> Result<HashSet<PackName>, RepoError> {
+    fn packs_of_dropped(&self, repo: &Repository) -> Result<HashSet<u32>, RepoError> {
         let dropped = self.dropped.iter().map(|id| repo.snapshot(id));
         let dropped: Vec<Snapshot> = dropped.collect::<Result<_, _>>()?;
-        let mut theirs: HashSet<u32> = HashSet::new();
+        let mut theirs = HashSet::new();
         let mut ids = needed_by(repo, &dropped)?;
         // What is missing cannot be freed.
         join(repo, &self.packs, &mut ids, &mut |copies| {
             theirs.extend(copies.places.iter().map(|copied| copied.pack));
         })?;
-        Ok(theirs.into_iter().map(|n| *self.packs.name(n)).collect())
+        Ok(theirs)
     }
 
     /// Writes anew what is to be, and says what is condemned then.
@@ -161,14 +171,16 @@ impl Plan {
     ) -> Result<Condemned, RepoError> {
         let done = repack::repack(repo, self, options.pack_bytes)?;
         let damaged: HashSet<PackName> = done.damaged.iter().map(|(name, _)| *name).collect();
-        self.repack.retain(|name| !damaged.contains(name));
+        let packs = &self.packs;
+        self.repack
+            .retain(|pack| !damaged.contains(packs.name(*pack)));
         let named = |(name, error): (PackName, RepoError)| (name.0.file_name(&name.1), error);
         pruned.damaged = done.damaged.into_iter().map(named).collect();
         pruned.packs_repacked += self.repack.len() as u64;
         pruned.written_bytes += done.written_bytes;
         self.report(pruned);
         Ok(Condemned {
-            packs: [&self.useless[..], &self.repack].concat(),
+            packs: self.going(),
             dropped: self.dropped.clone(),
             roots: self.roots.clone(),
         })
@@ -176,10 +188,10 @@ impl Plan {
 
     fn report(&self, pruned: &mut Pruned) {
         pruned.total_bytes = self.packs.total_bytes();
-        let goes: HashSet<&PackName> = self.useless.iter().chain(&self.repack).collect();
+        let goes: HashSet<u32> = self.useless.iter().chain(&self.repack).copied().collect();
         let numbered = (0..).zip(self.packs.names());
-        let stays =
-            numbered.filter(|(_, name)| !goes.contains(name) && !self.checkpointed.contains(*name));
+        let stays = numbered
+            .filter(|(pack, name)| !goes.contains(pack) && !self.checkpointed.contains(*name));
         pruned.unused_bytes = stays.map(|(pack, _)| self.unused(pack)).sum();
     }
 
@@ -194,18 +206,16 @@ impl Plan {
 
     /// Chooses the packs of which least is needed, until what is left unused is little enough.
     fn choose_repacks(&mut self, max_unused_percent: f64) {
-        let useless: HashSet<&PackName> = self.useless.iter().collect();
         let numbered = (0..).zip(self.packs.names());
         let mut partly: Vec<(u32, u64)> = numbered
             .filter(|(pack, name)| {
-                self.kept[*pack as usize].records > 0
-                    && !useless.contains(name)
-                    && !self.checkpointed.contains(*name)
+                self.kept[*pack as usize].records > 0 && !self.checkpointed.contains(*name)
             })
             .map(|(pack, _)| (pack, self.unused(pack)))
             .filter(|(_, unused)| *unused > 0)
             .collect();
-        let mut total = self.packs.total_bytes() - self.packs.lens_of(&self.useless).sum::<u64>();
+        let useless = self.useless.iter().map(|pack| self.packs.len(*pack));
+        let mut total = self.packs.total_bytes() - useless.sum::<u64>();
         let mut unused: u64 = partly.iter().map(|(_, unused)| *unused).sum();
         // The largest part first; by name where that is the same, so that a dry run says what would be done.
         partly.sort_by_key(|(pack, unused)| {
@@ -217,7 +227,7 @@ impl Plan {
             if unused as f64 <= total as f64 * max_unused_percent / 100.0 {
                 break;
             }
-            self.repack.push(*self.packs.name(pack));
+            self.repack.push(pack);
             unused -= dead;
             total = total.saturating_sub(dead);
         }
@@ -226,8 +236,8 @@ impl Plan {
     /// The bytes of the packs that take the place of those written anew, unless something in these is damaged.
     fn written_bytes(&self, pack_bytes: u64) -> u64 {
         let of_kind = |kind| {
-            let packs = self.repack.iter().filter(move |name| name.0 == kind);
-            let records = packs.filter_map(|name| self.moving.get(name)).flatten();
+            let packs = self.moves().filter(move |(name, _)| name.0 == kind);
+            let records = packs.flat_map(|(_, records)| records);
             packed_bytes(records.map(|(_, len)| *len), pack_bytes)
         };
         of_kind(PackKind::Data) + of_kind(PackKind::Meta)
@@ -263,7 +273,7 @@ pub(super) fn dry_run(
     let gone = sweep::report_finish(repo, state, pruned)?;
     let plan = Plan::make(repo, options, &gone, false)?;
     plan.report(pruned);
-    let packs: Vec<PackName> = [&plan.useless[..], &plan.repack].concat();
+    let packs = plan.going();
     let bytes: u64 = plan.packs.lens_of(&packs).sum();
     let next = state.last.map_or(0, |last| last.saturating_add(1));
     let blockers = blockers(repo, next, options)?;
@@ -361,21 +371,17 @@ fn useless(
     kept: &[Kept],
     checkpointed: &HashSet<PackName>,
     open: &[OpenSession],
-) -> Vec<PackName> {
+) -> Vec<u32> {
     let writing: HashSet<SnapshotId> = open.iter().map(|s| s.id).collect();
-    let nothing_kept = packs
-        .names()
-        .iter()
-        .zip(kept)
-        .filter(|(_, k)| k.records == 0);
-    nothing_kept
-        .map(|(name, _)| *name)
-        .filter(|name| !checkpointed.contains(name))
-        .filter(|name| match writer_of(repo, name) {
+    let numbered = (0..).zip(packs.names()).zip(kept);
+    numbered
+        .filter(|((_, name), kept)| kept.records == 0 && !checkpointed.contains(*name))
+        .filter(|((_, name), _)| match writer_of(repo, name) {
             // Waiting for its session would be of no use: it will be needed, or is garbage then.
             Some(session) => !writing.contains(&session),
             None => true,
         })
+        .map(|((pack, _), _)| pack)
         .collect()
 }
 

@@ -28,13 +28,13 @@ pub(super) fn repack(
     pack_bytes: u64,
 ) -> Result<Repacked, RepoError> {
     let mut done = Repacked::default();
-    if plan.repack.is_empty() {
+    let mut moves = plan.moves().peekable();
+    if moves.peek().is_none() {
         return Ok(done);
     }
     let packs = Packs::new(repo, SnapshotId::random()?, pack_bytes)?;
     let mut buffers = RecordBuffers::default();
-    for name in &plan.repack {
-        let offsets = plan.moving.get(name).map(Vec::as_slice).unwrap_or_default();
+    for (name, offsets) in moves {
         match copy(repo, &packs, name, offsets, &mut buffers) {
             Ok(()) => {}
             Err(error) if error.is_damage() || matches!(error, RepoError::Missing { .. }) => {

@@ -326,8 +326,7 @@ fn bitmaps(disk: &DiskRecord) -> impl Iterator<Item = &str> {
 /// Merges segments, and leaves out what packs held that are gone when that is much.
 pub(super) fn tidy_index(repo: &Repository) -> Result<(), RepoError> {
     repo.index().merge(u64::MAX)?;
-    let there = || Ok(list_packs(&**repo.storage())?.into_iter().collect());
-    match repo.index().compact(there) {
+    match repo.index().compact(|| list_packs(&**repo.storage())) {
         // Another process merged and removed what was to be read.
         Ok(()) | Err(RepoError::Missing { .. }) => Ok(()),
         Err(other) => Err(other),

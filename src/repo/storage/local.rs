@@ -3,15 +3,16 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{CWD, OFlags, RenameFlags, renameat_with};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use super::super::ids::to_hex;
 use super::{FileInfo, Hold, NewFile, Storage, StorageError};
+use crate::file;
 
 /// Files in a directory of a local file system.
 ///
@@ -83,10 +84,7 @@ impl LocalStorage {
 
     /// Opens a file to read it, and tells its length; a pipe or device in its place is never waited for.
     fn open_file(&self, name: &str) -> Result<(File, u64), StorageError> {
-        let opened = OpenOptions::new()
-            .read(true)
-            .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
-            .open(self.path(name));
+        let opened = file::open(&self.path(name));
         let file = opened.map_err(|e| StorageError::from_io("open", name, e))?;
         let len = len_of_file(name, file.metadata())?;
         Ok((file, len))
