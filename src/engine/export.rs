@@ -417,7 +417,8 @@ fn told(error: EngineError, fault: &Mutex<Option<EngineError>>) -> NbdError {
     NbdError::io(short)
 }
 
-/// Turns to read and to walk maps, of all exports: a thread for each of hundreds of requests would cost more than what they do.
+/// Turns to read and to walk maps, of all exports: a thread for each of hundreds of requests would cost more than what
+/// they do.
 static TURNS: Semaphore = Semaphore::const_new(READS_AT_ONCE);
 
 /// What is read at once, enough for a disk to sort it.

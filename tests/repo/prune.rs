@@ -84,6 +84,24 @@ fn only_what_no_snapshot_needs_goes() {
     }
 }
 
+#[test]
+fn files_that_are_listed_twice_make_no_difference_to_a_prune() {
+    let (storage, repo) = new_repo();
+    let gone = backup(&repo, &noise(1, 20)).unwrap().id;
+    let disk = [noise(1, 10), noise(2, 10)].concat();
+    let kept = backup(&repo, &disk).unwrap().id;
+    repo.forget(&[gone], 1).unwrap();
+    let twice = copy(&storage);
+    let doubled = FaultStorage::new(Arc::new(twice.clone()), 0, Fault::ListedTwice);
+    let pruned = open_any(Arc::new(doubled)).unwrap().prune(&at_once());
+    let once = repo.prune(&at_once()).unwrap();
+    assert_eq!(numbers(&pruned.unwrap()), numbers(&once));
+    assert!(once.packs_removed > 0 && once.packs_repacked > 0);
+    for storage in [&storage, &twice] {
+        assert!(restore(&open(storage), &kept).unwrap() == disk);
+    }
+}
+
 fn repo_bytes(storage: &dyn Storage) -> u64 {
     let packs = storage.list("packs/").unwrap();
     let meta = storage.list("meta/").unwrap();

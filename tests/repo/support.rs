@@ -290,6 +290,8 @@ pub(crate) enum Fault {
     NoSync,
     /// Nothing fails, but the file that is read then has just been removed.
     Removed,
+    /// Nothing fails, but each file is listed twice, as a folder that changes may do it.
+    ListedTwice,
     /// Nothing fails, but from this call on nobody seems to hold what it holds.
     LocksLie,
     /// Nothing fails, but there are no locks, and by the storage's clock all was written so many seconds ago.
@@ -396,6 +398,9 @@ impl Storage for FaultStorage {
     fn list(&self, prefix: &str) -> Result<Vec<FileInfo>, StorageError> {
         self.call(prefix, false)?;
         let mut files = self.inner.list(prefix)?;
+        if self.fault == Fault::ListedTwice {
+            files.extend(files.clone());
+        }
         if let Fault::NoLocks(seconds) = self.fault {
             let ago = Duration::from_secs(seconds.unsigned_abs());
             let now = SystemTime::now();
